@@ -142,6 +142,7 @@ def test_every_kind_of_event_is_marked_and_explained(tmp_path: Path) -> None:
         assert saves == list(range(15, 901, 15)) and len(saves) == report.MOST_MARKS
         assert {mark["kind"] for mark in spec["marks"] if mark["said"] == "save"} == {"tick"}
     assert "↻ resume · ✕ skip · ½ halved · ticks at the foot: saves" in html
+    assert "900 saves, 60 of them shown" in html
     make_run(tmp_path / "other", 30)
     both = report.run_page(history.figures([tmp_path / "run", tmp_path / "other"]))
     spec = next(json.loads(script) for script in parsed(both).scripts if script.startswith('{"kind"'))

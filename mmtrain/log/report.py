@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
 
 from mmdata.errors import MMError, UsageError
 from mmdata.options import options_of
@@ -34,8 +34,9 @@ from mmtrain.config import TrainSettings
 from mmtrain.log.history import RunFigures
 
 Chains = Sequence[Sequence[RunFigures]]
+_Item = TypeVar("_Item")
 AXES: dict[str, Text] = {"tokens": "tokens", "hours": "time", "step": "steps"}  # x axes of the plots, and their labels
-MOST_MARKS = 60  # the most events of one kind that a plot marks in a run; of more events, an even selection
+MOST_MARKS = 60  # the most events of one kind that a plot marks in a run, and the most rows of a table of events
 # Events that are marked on plots -> label of the mark; "" is a tick without a label.
 _MARKED = {"resume": "↻", "skip": "✕", "halved": "½", "save": ""}
 _TEXT, _DPO = ("pretrain", "sft"), ("dpo",)
@@ -191,9 +192,7 @@ class _Plotter:
                 yield {"x": dict(run["offset"]), "label": as_name(run["stage"]), "kind": "stage", **color}
         for run in runs:
             for what, label in _MARKED.items():
-                events = [event for event in run["events"] if event["event"] == what]
-                step = -(-len(events) // MOST_MARKS) or 1
-                for event in events[(len(events) - 1) % step :: step]:  # an even selection with the last one
+                for event in _evenly([event for event in run["events"] if event["event"] == what]):
                     x = {axis: _rounded(event[axis] + run["offset"][axis]) for axis in AXES}
                     yield {"x": x, "label": label, "kind": "event" if label else "tick", "said": phrase(what), **color}
 
@@ -376,19 +375,29 @@ def _some(samples: Sequence[Any], number: int = 8) -> list[Any]:
 
 
 def _events(runs: Sequence[RunFigures]) -> Iterator[Block]:
-    """Yield a table of the events other than saves, collapsed above 12 rows, and a collapsed table of the saves."""
+    """Yield a table of the events other than saves, collapsed above 12 rows, and a collapsed table of the saves. Of more
+    than MOST_MARKS events a table has an even selection, and its title says how many there are."""
     columns = [Column("run", "code"), Column("step", "count"), Column(""), Column("event", "word"), Column("note")]
     events = [(run, event) for run in runs for event in run["events"]]
     for is_save, title in ((False, "{number} events"), (True, "{number} saves")):
+        chosen = [(run, event) for run, event in events if (event["event"] == "save") == is_save]
         rows = [
             (run["name"], event["step"], _MARKED.get(event["event"], "") or "·", event["event"], event["note"])
-            for run, event in events
-            if (event["event"] == "save") == is_save
+            for run, event in _evenly(chosen)
         ]
         if rows and not is_save and len(rows) <= 12:
             yield Table(columns, rows)
         elif rows:
-            yield Fold(phrase(title, number=len(rows)), [Table(columns, rows)], in_terminal=not is_save)
+            label = phrase(title, number=len(chosen))
+            if len(rows) < len(chosen):
+                label = phrase("{label}, {number} of them shown", label=label, number=len(rows))
+            yield Fold(label, [Table(columns, rows)], in_terminal=not is_save)
+
+
+def _evenly(items: list[_Item]) -> list[_Item]:
+    """Return at most MOST_MARKS items in their order: an even selection that has the last one."""
+    step = -(-len(items) // MOST_MARKS) or 1
+    return items[(len(items) - 1) % step :: step]
 
 
 def _settings(runs: Sequence[RunFigures]) -> Iterator[Block]:
