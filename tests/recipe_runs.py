@@ -69,7 +69,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
                 try:
                     cli.main()
                 except SystemExit as ended:
-                    return runner.Ended(int(ended.code or 0), written.getvalue())
+                    return runner.Ended(int(ended.code or 0), written.getvalue(), ignored.getvalue())
 
     monkeypatch.setattr(runner, "launch", launch)
     return done

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from waiting import wait_until
 
 import cli
 from mmdata.errors import MMError
+from mmdata.hub import transfer
 from mmdata.io import files
 from mmtrain.commands.project import runner
-from mmtrain.commands.project.planning import sample_rows
+from mmtrain.commands.project.planning import StepPlan, sample_rows
 from mmtrain.commands.project.recipe import RECIPES, find_recipe, read_recipe
+from mmtrain.commands.project.run import in_all
 from mmtrain.records import newest_state
 
 GROUP = typer.main.get_command(cli.app)
@@ -124,6 +127,46 @@ def test_a_share_of_the_rows_is_taken_evenly(tmp_path: Path) -> None:
         sample_rows(source, tmp_path / "out.jsonl", share=share)
         rows = (tmp_path / "out.jsonl").read_text().splitlines()
         assert abs(len(rows) - number) <= 1 and len({*rows}) == len(rows)
+
+
+# --- plans
+
+
+def test_a_plan_without_network_names_it_and_is_a_lower_bound(
+    tiny: Path, mm: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = in_process(monkeypatch)
+    monkeypatch.setattr(transfer, "BRIEFLY", replace(transfer.BRIEFLY, sleep=lambda _: None))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    text = TINY.replace("[pack]", '[fetch]\nnames = ["sft_1024"]\n\n[pack]')
+    (tiny / "tiny.toml").write_text(text, encoding="utf-8")
+    shown = fine(mm("run tiny.toml --dry-run --only fetch"))
+    assert [argv[0] for argv in done] == ["fetch"]
+    assert "127.0.0.1:9 cannot be reached" in shown.out
+    assert "in all not known; the time of fetch is not known" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("plans", "words"),
+    [
+        (
+            [StepPlan("pack", seconds=60, disk_bytes=1000), StepPlan("fetch", download_bytes=0)],
+            "in all 60 s, 1.0 kB of disk; ",
+        ),
+        (
+            [StepPlan("pack", seconds=60), StepPlan("a"), StepPlan("b", "done")],
+            "in all at least 60 s; the time of a is not",
+        ),
+        (
+            [StepPlan("fetch", download_bytes=9, disk_bytes=9)],
+            "in all at least 9 B of disk; the time of fetch is not known; ",
+        ),
+        ([StepPlan("b", "done")], "in all 0 s, 0 B of disk; "),
+    ],
+)
+def test_sums_of_a_plan_count_what_is_known(plans: list[StepPlan], words: str) -> None:
+    assert words in in_all(plans, 0.0)
+    assert ("price" in in_all(plans, 3600.0)) == ("60 s" in words or "done" in plans[0].state)
 
 
 # --- execution

@@ -110,6 +110,17 @@ def test_a_quiet_command_does_not_say_that_it_works(
     assert len(begun) == times
 
 
+def test_a_block_that_takes_long_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(terminal, "say", said.append)
+    with terminal.waiting("hub.example"):
+        pass
+    monkeypatch.setattr(terminal, "WORKING_S", 0)
+    with terminal.waiting("hub.example", quiet=True), terminal.waiting("a.example"):
+        wait_until(lambda: said)
+    assert said == ["waiting for a.example"]
+
+
 def test_a_table_too_wide_for_the_terminal_keeps_its_figures_whole(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [("a run of a name", "x" * 40, *(10**9 + n for n in range(6)), "█" * 9)]
     terminal.table("", ["run", "text", *["steps of an epoch"] * 6, ""], rows)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,7 @@ from mmdata.commands.terminal import (
     say,
     size,
     table,
+    waiting,
 )
 from mmdata.hub.options import FILES, LOCAL, SOURCE, FetchOptions
 from mmdata.options import Option
@@ -69,6 +71,7 @@ def fetch(
     from mmdata.hub.fetch import clean as clean_up
     from mmdata.hub.fetch import overview
     from mmdata.hub.plan import plan
+    from mmdata.hub.transfer import BRIEFLY, RetryPolicy
 
     if listing or clean:
         print_overview(overview(options.out), as_json) if listing else print_cleaned(*clean_up(options.out), as_json)
@@ -76,8 +79,9 @@ def fetch(
     # Otherwise the client of the Hub sends data about its use.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     endpoint = options.endpoint or os.environ.get(ENDPOINT_VARIABLES.get(options.source, "")) or None
-    options = replace(options, endpoint=endpoint)
     mute = quiet or as_json
+    retry = replace(BRIEFLY if dry_run else RetryPolicy(), waiting=partial(waiting, quiet=mute))
+    options = replace(options, endpoint=endpoint, retry=retry)
     with progress("check", quiet=mute) as update:
         to_do = plan(tuple(names or ()), options, update)
     if not mute:

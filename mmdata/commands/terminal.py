@@ -332,6 +332,19 @@ def print_styled(pieces: Iterable[tuple[str, str, str]]) -> None:
 
 
 @contextmanager
+def waiting(what: str, *, quiet: bool = False) -> Iterator[None]:
+    """Context manager that prints what its block waits for if it takes longer than WORKING_S, unless `quiet`."""
+    timer = threading.Timer(WORKING_S, say, (f"waiting for {what}",))
+    timer.daemon = True
+    if not quiet:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
 def working() -> Iterator[None]:
     """Context manager that shows "working" on a terminal if its block, such as an import of torch, has printed nothing
     for WORKING_S; the first output replaces the line."""

@@ -96,7 +96,7 @@ def is_safe(path: str) -> bool:
 def list_files(source: Source, repo: Repo, revision: str) -> Listing:
     """Return a repository's files at a branch, tag or commit. Raises NotFoundError, AccessError or NetworkError."""
     if source.kind == "hf":
-        return with_retries(lambda: _list_hf(source, repo, revision), source.retry, fix=REACH)
+        return with_retries(lambda: _list_hf(source, repo, revision), source.retry, whom=_host(source), fix=REACH)
     assert source.kind == "modelscope", source.kind
     return _list_modelscope(source, repo, revision)
 
@@ -167,7 +167,7 @@ def look_up(source: Source, path: str) -> Content | None:
             return None
         stat = file.stat()
         return Content(stat.st_size, etag=f"mtime {stat.st_mtime_ns}", first=first_bytes(path))
-    return with_retries(lambda: _look_up_url(source, path), source.retry, fix=REACH)
+    return with_retries(lambda: _look_up_url(source, path), source.retry, whom=_host(source), fix=REACH)
 
 
 def _look_up_url(source: Source, path: str) -> Content | None:
@@ -302,7 +302,7 @@ def _get_json(source: Source, url: str, what: str, *, is_again: bool = False) ->
             hf_raise_for_status(response)
             return response.json(), response.links
 
-    return with_retries(ask, source.retry, fix=REACH)
+    return with_retries(ask, source.retry, whom=_host(source), fix=REACH)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -46,7 +46,8 @@ class RangeIgnored(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Timeouts and limits of repeated attempts. Only attempts in a row without any progress count towards `tries`."""
+    """Timeouts and limits of repeated attempts. Only attempts in a row without any progress count towards `tries`.
+    waiting: makes a context manager, from what is waited for, that holds while a server is asked what it has."""
 
     tries: int = 6
     contradictions: int = 3  # answers of another size than the published one before the download fails
@@ -57,6 +58,7 @@ class RetryPolicy:
     read_timeout_s: float = 15.0
     slow_bytes_per_s: int = 1024  # a response slower than this for `slow_window_s` is abandoned
     slow_window_s: float = 20.0
+    waiting: Callable[[str], AbstractContextManager] = nullcontext
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.monotonic
 
@@ -70,18 +72,24 @@ class RetryPolicy:
         self.sleep(seconds)
 
 
-def with_retries(call: Callable[[], T], retry: RetryPolicy, *, fix: str) -> T:
+def with_retries(call: Callable[[], T], retry: RetryPolicy, *, whom: str, fix: str) -> T:
     """Call `call` until it returns, with waits between attempts, and return its result. Only TryAgain leads to another
-    call; a timeout counts as two. Raises NetworkError with `fix` after `retry.tries` failed attempts."""
+    call; a timeout counts as two. whom: the server asked. Raises NetworkError with `fix` after `retry.tries` failed
+    attempts."""
     failures = 0
-    while True:
-        try:
-            return call()
-        except TryAgain as problem:
-            failures += 2 if problem.is_timeout else 1
-            if failures >= retry.tries:
-                raise NetworkError(str(problem), fix) from problem
-            retry.wait(failures, problem.wait_s)
+    with retry.waiting(whom):
+        while True:
+            try:
+                return call()
+            except TryAgain as problem:
+                failures += 2 if problem.is_timeout else 1
+                if failures >= retry.tries:
+                    raise NetworkError(str(problem), fix) from problem
+                retry.wait(failures, problem.wait_s)
+
+
+# Of `mm fetch --dry-run`: it ends soon where there is no network.
+BRIEFLY = RetryPolicy(tries=3, first_wait_s=0.5, max_asked_wait_s=5.0, read_timeout_s=5.0)
 
 
 # --- what is downloaded

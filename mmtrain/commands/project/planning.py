@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from mmdata.commands.options import HOME
-from mmdata.commands.terminal import without_option
+from mmdata.commands.terminal import waiting, without_option
 from mmtrain.commands.project.recipe import NEW_MODEL, SHARDS_DIR, Step
 from mmtrain.commands.project.runner import ALONE, DONE, Runner, resuming
 
 SAMPLE_ROWS = 400  # of a file that is not packed yet, to measure training on
+
+
+class NoPlanError(Exception):
+    """What a step takes is not known; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -56,27 +60,30 @@ class Planner:
                 continue
             state = known.status if known and known.status != DONE else "to do"
             plan = {"fetch": self._fetch, "pack": self._pack, "train": self._train}.get(step.command[0])
-            found = plan(step, model) if plan else StepPlan()
+            try:
+                found = plan(step, model) if plan else StepPlan()
+            except NoPlanError as reason:
+                found = StepPlan(note=str(reason))
             yield replace(found, step=step.name, state=state)
 
     def _ask(self, argv: list[str]) -> Any:
-        """Return what a command prints as JSON; None if it fails."""
-        ended = self.runner.launch(argv, self.root, is_captured=True, is_quiet=True, changes=ALONE)
-        with suppress(ValueError):
-            return json.loads(ended.out) if ended.code == 0 else None
+        """Return what a command prints as JSON. Raise NoPlanError with its error if it fails."""
+        with waiting(f"mm {' '.join(argv)}"):
+            ended = self.runner.launch(argv, self.root, is_captured=True, is_quiet=True, changes=ALONE)
+        if ended.code == 0:
+            with suppress(ValueError):
+                return json.loads(ended.out)
+        errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+        raise NoPlanError(errors[-1].removeprefix("error: ") if errors else f"mm {' '.join(argv)} fails")
 
     def _fetch(self, step: Step, _: list[str]) -> StepPlan:
         found = self._ask([*step.argv, "--dry-run", "--json"])
-        if found is None:
-            return StepPlan(note=f"no answer: see mm {' '.join(step.argv)} --dry-run")
         return StepPlan(download_bytes=found["get_bytes"], disk_bytes=found["get_bytes"])
 
     def _pack(self, step: Step, _: list[str]) -> StepPlan:
         if missing := [file for file in step.values["files"] if not (self.root / file).is_file()]:
             return StepPlan(note=f"known when {missing[0]} is here")
         found = self._ask([*step.argv, "--plan", "--json"])
-        if found is None:
-            return StepPlan(note=f"no plan: see mm {' '.join(step.argv)} --plan")
         wanted = step.values.get("max_len")
         chosen = [next((o for o in one["outlooks"] if o["max_len"] == wanted), one["outlooks"][-1]) for one in found]
         self.tokens |= {place: round(self.scale * o["tokens"]) for place, o in zip(step.places, chosen, strict=False)}
@@ -108,8 +115,7 @@ class Planner:
             sample_rows(file, sample.with_suffix(".jsonl"), most=SAMPLE_ROWS)
             words = [*without_option(list(source.argv), "--out"), "--out", str(sample), "--no-report"]
             words = [word for word in words if word not in source.values["files"]]
-            if self._ask(["pack", str(sample.with_suffix(".jsonl")), *words[1:], "--json"]) is None:
-                return StepPlan(note="known when its data is packed")
+            self._ask(["pack", str(sample.with_suffix(".jsonl")), *words[1:], "--json"])
             words = [*without_option(argv, "--data"), "--data", str(sample)]
             return self._needs(words, _run_tokens(step, sum(self.tokens[path] for path in data)))
 
@@ -122,8 +128,6 @@ class Planner:
     def _needs(self, argv: list[str], tokens: int = 0) -> StepPlan:
         """Return what `mm train --plan` says. tokens: of the whole run; 0: those of the data asked for."""
         found = self._ask([*argv, "--plan", "--json"])
-        if found is None:
-            return StepPlan(note=f"no plan: see mm {' '.join(argv)} --plan")
         from mmdata.stats.report.page import short
 
         seconds = (tokens / found["tokens_per_s"] if tokens else found["seconds"]) / self.runner.nproc

@@ -21,6 +21,7 @@ from mmdata.commands.terminal import (
 )
 from mmdata.errors import UsageError
 from mmdata.options import Option
+from mmtrain.commands.project.runner import DONE
 
 if TYPE_CHECKING:
     from mmtrain.commands.project.planning import StepPlan
@@ -177,9 +178,18 @@ def print_plans(plans: "list[StepPlan]", recipe: "Recipe") -> None:
         for o in plans
     ]
     table(recipe.title, columns, rows)
-    seconds = sum(o.seconds or 0 for o in plans)
-    price = f", price {seconds / 3600 * recipe.price_per_hour:,.2f}" if recipe.price_per_hour else ""
-    disk = sum(o.disk_bytes or 0 for o in plans)
+    say(in_all(plans, recipe.price_per_hour))
+
+
+def in_all(plans: "list[StepPlan]", price_per_hour: float) -> str:
+    """Return the sums of what the steps will take and the free disk space, in words. They are lower bounds if the time of
+    a step is not known, as that of a download; the line names these steps."""
+    seconds, disk = (sum(getattr(o, name) or 0 for o in plans) for name in ("seconds", "disk_bytes"))
+    unknown = [o.step for o in plans if o.state != DONE and o.seconds is None and o.download_bytes != 0]
+    time = in_time(seconds) + (f", price {seconds / 3600 * price_per_hour:,.2f}" if price_per_hour else "")
+    known = [text for figure, text in ((seconds, time), (disk, f"{size(disk)} of disk")) if figure or not unknown]
     free = shutil.disk_usage(".").free
     warning = "warning: the disk is too small: " if disk > free else ""
-    say(f"{warning}in all {in_time(seconds)}{price}, {size(disk)} of disk; {size(free)} are free")
+    more = f"; the time of {', '.join(unknown)} is not known" if unknown else ""
+    bound = "at least " * bool(unknown)
+    return f"{warning}in all {bound + ', '.join(known) if known else 'not known'}{more}; {size(free)} are free"

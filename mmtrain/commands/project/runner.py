@@ -32,10 +32,11 @@ Launch = Callable[..., "Ended"]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended. code: its exit code. out: its output, if it was captured."""
+    """How a command ended. code: its exit code. out, err: what it wrote to stdout and stderr, if they were captured."""
 
     code: int
     out: str = ""
+    err: str = ""
 
 
 def launch(
@@ -49,7 +50,7 @@ def launch(
     on_start: Callable[[int], None] = lambda _: None,
 ) -> Ended:
     """Execute `mm ARGV` in a process of its own in a directory and wait for it. Its output goes to stderr, unless it is
-    captured. is_quiet: drop what it prints to stderr. changes: to the environment; None removes a variable. on_start:
+    captured. is_quiet: capture what it prints to stderr too. changes: to the environment; None removes a variable. on_start:
     called with the process's id. SIGINT and SIGTERM are passed on, and raised as KeyboardInterrupt when it has ended."""
     environment = {name: value for name, value in {**os.environ, **(changes or {})}.items() if value is not None}
     processes: list[subprocess.Popen[str]] = []
@@ -68,21 +69,22 @@ def launch(
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE if is_captured else sys.stderr,
-            stderr=subprocess.DEVNULL if is_quiet else None,
+            stderr=subprocess.PIPE if is_quiet else None,
             start_new_session=True,  # Ctrl-C would reach it twice
             encoding="utf-8",
+            errors="replace",
         )
         processes.append(process)
         if signals:  # before the process was there to get them
             process.send_signal(signals[-1])
         on_start(process.pid)
-        out, _ = process.communicate(stdin)
+        out, err = process.communicate(stdin)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if signals:
         raise KeyboardInterrupt
-    return Ended(process.returncode if process.returncode >= 0 else 128 - process.returncode, out or "")
+    return Ended(process.returncode if process.returncode >= 0 else 128 - process.returncode, out or "", err or "")
 
 
 @dataclass
