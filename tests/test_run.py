@@ -281,16 +281,17 @@ def test_killed_at_ten_moments_and_run_again_the_weights_are_the_same(
 
 @pytest.mark.slow
 def test_an_mm_run_that_is_killed_leaves_no_process_behind(tiny: Path) -> None:
-    """With real processes: `mm run` gets SIGKILL while a step trains; the next one ends that step and goes on with it."""
+    """With real processes: `mm run` gets SIGKILL while a step trains, and the clock is set; the next one ends that step and goes
+    on with it."""
     text = (
         TINY.replace("steps = 4\n", "steps = 400\n").partition("[train.sft]")[0].replace(' "data/sft_512.jsonl",', "")
     )
     (tiny / "tiny.toml").write_text(text, encoding="utf-8")
     command = [sys.executable, str(runner.PROGRAM), "run", "tiny.toml", "--set", "questions=[]"]
+    course = tiny / "courses/tiny/course.json"
 
     def step() -> dict[str, Any]:
-        path = tiny / "courses/tiny/course.json"
-        return json.loads(path.read_text())["steps"].get("train.pretrain", {}) if path.exists() else {}
+        return json.loads(course.read_text())["steps"].get("train.pretrain", {}) if course.exists() else {}
 
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     wait_until(lambda: any(tiny.glob("runs/pretrain/checkpoints/step-*")))
@@ -298,6 +299,10 @@ def test_an_mm_run_that_is_killed_leaves_no_process_behind(tiny: Path) -> None:
     process.wait()
     (pid, _), key = step()["process"], step()["key"]
     os.kill(pid, 0)  # the step is still there
+    record = json.loads(course.read_text())
+    del record["record_sha256"]
+    record["steps"]["train.pretrain"]["process"][1] += 3600
+    course.write_text(json.dumps(record))
     again = subprocess.run([*command, "--only", "train.pretrain"], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert "ending it" in again.stderr and "--resume" in again.stderr

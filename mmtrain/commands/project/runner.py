@@ -241,9 +241,11 @@ class Runner:
         import psutil
 
         for name, record in self.record.steps.items():
-            with suppress(psutil.NoSuchProcess, TypeError):
+            with suppress(psutil.Error, TypeError):
                 process = psutil.Process(record.process[0])  # type: ignore[index]
-                if process.create_time() == record.process[1]:  # type: ignore[index]
+                # Not by the time it was created: that changes when the clock is set.
+                is_it = process.cmdline()[1:3] == [str(PROGRAM), *record.argv[:1]]
+                if is_it and Path(process.cwd()) == self.root.resolve():
                     say(f"{name}: still running from an mm run that was killed; ending it")
                     process.terminate()
                     process.wait()
