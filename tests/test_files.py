@@ -20,6 +20,7 @@ from mmdata.io.files import (
     digest_file,
     info_of,
     locked,
+    new_directory,
     replace_directory,
     restore_directory,
     sha256_of,
@@ -81,8 +82,24 @@ def test_what_killed_processes_left_of_a_file_is_removed_by_the_next_that_writes
     paths = {name: tmp_path / f".{name}.{pid}.partial" for name, pid in zip(names, pids, strict=True)}
     for path in paths.values():
         path.touch()
+    directory = tmp_path / f".directory.{host}-{ended.pid}.partial"
+    (directory / "within").mkdir(parents=True)
     write_text(tmp_path / "new", "text")
+    assert not directory.exists()
     assert [name for name, path in paths.items() if path.exists()] == ["alive", "elsewhere", "unnamed"]
+
+
+def test_two_processes_that_write_one_directory_do_not_mix_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with new_directory(tmp_path / "out") as one:
+        write_text(one / "a", "first")
+        monkeypatch.setattr(os, "getpid", os.getppid)
+        with new_directory(tmp_path / "out") as other:
+            write_text(other / "b", "second")
+        monkeypatch.undo()
+        assert names(tmp_path / "out") == ["b"]
+    assert names(tmp_path / "out") == ["a"] and names(tmp_path) == ["out"]
 
 
 def test_a_directory_takes_the_place_of_another(tmp_path: Path) -> None:

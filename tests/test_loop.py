@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from train_data import Data, pack_to, run_json
 from train_runs import at_step, config_of, interrupt, lines, refused_run, steps
 
 from mmdata.errors import CheckpointError, DatasetError, TrainError, UsageError
+from mmdata.io.files import alone
 from mmdata.shards.dataset import open_dataset
 from mmdata.shards.pairs import make_loader
 from mmdata.tokenizer.tokenizer import Tokenizer
@@ -28,7 +30,7 @@ from mmtrain.model.model import Model
 from mmtrain.model.preference import Objective
 from mmtrain.model.stages import STAGES, Outcome, next_token
 from mmtrain.records import BestRecord
-from mmtrain.train import loop, reference
+from mmtrain.train import loop, plan, reference
 from mmtrain.train.loop import TrainResult, train
 
 
@@ -200,6 +202,28 @@ def test_kill_9_leaves_a_run_that_goes_on(whole: Path, data: Data, tmp_path: Pat
     assert done.returncode == -signal.SIGKILL, done.stderr
     train(replace(broken, resume=True, quiet=True))
     assert lines(broken.out) == lines(whole)
+
+
+def test_two_at_once_do_not_train_one_run(
+    whole: Path, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resumed = TrainOptions(
+        "sft", (), Path(shutil.copytree(whole, tmp_path / "run")), resume=True, device="cpu", quiet=True
+    )
+    before = lines(resumed.out)
+    with alone(resumed.out, "mm train"):
+        refused_run(UsageError, "another mm train works in", "wait for it", resumed)
+    new = config_of("sft", data, tmp_path / "new", model="tiny")
+    real = plan.make_plan
+
+    def planned(*arguments: Any) -> Any:  # and meanwhile another one begins
+        made = real(*arguments)
+        shutil.copytree(whole, new.out)
+        return made
+
+    monkeypatch.setattr(loop, "make_plan", planned)
+    refused_run(UsageError, "already holds a run", "--resume", new)
+    assert lines(resumed.out) == lines(new.out) == before
 
 
 def test_resuming_a_finished_run_changes_nothing(whole: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from mmdata.errors import MMError
+from mmdata.errors import MMError, UsageError
 
 CHUNK_BYTES = 2**16
 MAX_WHOLE_BYTES = 2**29  # the largest file that is read into memory as a whole: records and tokenizers are far smaller
@@ -144,7 +144,7 @@ def partial_path(path: Path) -> Path:
 
 @lru_cache(32)
 def _remove_partials(directory: Path) -> None:
-    """Remove the hidden files that killed processes of this machine have left in a directory; seldom more than once,
+    """Remove the hidden files and directories that killed processes of this machine have left in a directory; seldom more than once,
     so that writing many files stays cheap."""
     if os.name == "nt":
         return  # there is no signal 0 to ask with whether a process is alive
@@ -153,7 +153,7 @@ def _remove_partials(directory: Path) -> None:
         try:
             os.kill(int(pid), 0)
         except ProcessLookupError:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         except (ValueError, OverflowError, PermissionError):
             continue  # named by something else, or a process of another user
 
@@ -192,7 +192,8 @@ def new_directory(target: Path) -> Iterator[Path]:
     """Yield a new, empty directory that takes the place of `target` when the block ends. If the block raises an error,
     the directory is removed and an old one at `target` stays as it is. Raises FileNotFoundError if the directory was
     removed meanwhile: `atomic_path` would have made another one, for the files that followed."""
-    partial = target.with_name(f".{target.name}.partial")
+    _remove_partials(target.parent)
+    partial = partial_path(target)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     itself = None if os.name == "nt" else os.open(partial, os.O_RDONLY)  # Windows removes no directory that is in use
@@ -333,3 +334,15 @@ def locked(path: Path, *, wait: bool = True, on_wait: Callable[[], None] | None 
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def alone(directory: Path, command: str) -> Iterator[None]:
+    """Hold the lock of a directory, which is made, while the block runs. Raises UsageError if another process holds it.
+    command: what that process is called, such as "mm run"."""
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(directory / ".lock", wait=False):
+            yield
+    except AlreadyLockedError:
+        raise UsageError(f"another {command} works in {directory}", "wait for it, or choose another --out") from None

@@ -8,7 +8,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -71,9 +71,9 @@ def train(options: TrainOptions, *, log: Callable[[str], None] = print_line) -> 
     an MMError for every problem that a user can cause.
     """
     try:
-        with distributed.signals_end_it():
+        with distributed.signals_end_it(), ExitStack() as held:
             world = distributed.join(options.device)
-            result = _train(options, world, console_of(options, world, log))
+            result = _train(options, world, console_of(options, world, log), held)
     except BaseException:
         distributed.leave(is_failed=True)
         raise
@@ -81,14 +81,15 @@ def train(options: TrainOptions, *, log: Callable[[str], None] = print_line) -> 
     return result
 
 
-def _train(options: TrainOptions, world: World, console: Console) -> TrainResult:
-    """Plan and start the run, make its steps, and record in run.json how it ended. Raises the error that ended it."""
+def _train(options: TrainOptions, world: World, console: Console, held: ExitStack) -> TrainResult:
+    """Plan and start the run, make its steps, and record in run.json how it ended. Raises the error that ended it.
+    held: keeps the lock of the run's directory."""
     plans: list[TrainPlan] = []
     with console.phase("open the data and checkpoints"):
         world.agree_on(lambda: plans.append(make_plan(options, world)))
         if world.size > 1:
             world.agree_same(facts_of(plans[0]))
-    run = start(plans[0], options, world, console)
+    run = start(plans[0], options, world, console, held)
     try:
         if run.plan.is_pairs:
             _prepare_pairs(run)

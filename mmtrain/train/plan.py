@@ -265,6 +265,12 @@ def _check_loaders(
 # --- start
 
 
+def check_free(out: Path) -> None:
+    """Raise UsageError if the directory of a new run already holds one."""
+    if (out / RUN).exists():
+        raise UsageError(f"{out} already holds a run", "add --resume to go on, or choose another --out")
+
+
 def _find_resumed(options: TrainOptions) -> Checkpoint | None:
     """Return the newest undamaged checkpoint of the run --out if it is to be resumed; None for a new run, and for a run
     without any checkpoint. Raises UsageError if --out is a run and --resume is missing, or --init is given too;
@@ -276,7 +282,7 @@ def _find_resumed(options: TrainOptions) -> Checkpoint | None:
             raise CheckpointError(f"{options.out}: no such run", f"{there}; leave --resume out to start one")
         return None
     if not options.resume:
-        raise UsageError(f"{options.out} already holds a run", "add --resume to go on, or choose another --out")
+        check_free(options.out)
     if options.init is not None:
         raise UsageError("--init starts a run, --resume goes on with one", "leave one of them out")
     if not any(options.out.glob("checkpoints/step-*")):

@@ -4,6 +4,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmdata.encode.template import Template
+from mmdata.io.files import alone
 from mmdata.io.records import write_record
 from mmdata.shards.dataset import Dataset
 from mmdata.shards.loader import MicroBatch
@@ -39,7 +41,7 @@ from mmtrain.records import (
 )
 from mmtrain.train import optim, preflight, reference
 from mmtrain.train.ema import Average
-from mmtrain.train.plan import TrainPlan, make_plan, with_micro_tokens
+from mmtrain.train.plan import TrainPlan, check_free, make_plan, with_micro_tokens
 
 STOP_FILE = "STOP"  # a file of this name in the run directory ends the run as SIGTERM does; removed at the start
 PACKAGES = ("mm-toolkit", "torch", "numpy", "pyarrow", "tokenizers")  # packages whose versions are recorded in run.json
@@ -162,19 +164,16 @@ def console_of(options: TrainOptions, world: World, log: Callable[[str], None]) 
     return Console(log if world.is_first and not options.quiet else None, is_live=is_live)
 
 
-def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console) -> ActiveRun:
+def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console, held: ExitStack) -> ActiveRun:
     """Make the run directory, model and optimizer of a planned run, restore them if it is resumed, write run.json, and
-    print what is about to happen. Return the state of the run. Every rank calls this. Raises an MMError if the run
-    cannot fit in memory or on the disk, or a checkpoint does not fit the model."""
+    print what is about to happen. Return the state of the run. Every rank calls this. held: keeps the directory's lock
+    on the first rank. Raises an MMError if the run cannot fit in memory or on the disk, a checkpoint does not fit the
+    model, or another process trains the run."""
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; fp32 on the CPU
     tokenizer = Tokenizer.load(plan.datasets[0].dir / "tokenizer")
     plan, model, needs, notes = _build(plan, options, world, console)
     out, settings, resumed = plan.out, plan.settings, plan.start.resumed
-    if world.is_first:
-        out.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(out / "tokenizer")
-        (out / STOP_FILE).unlink(missing_ok=True)
-    world.wait()
+    world.agree_on(lambda: _make_directory(plan, options, tokenizer, held) if world.is_first else None)
     if plan.is_pairs and (plan.start.record is None or plan.start.growth):
         plan = _with_digest(plan, model)
     if settings.lora:
@@ -216,6 +215,16 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console
     for line in (*notes, *_start_lines(plan, model, world, options.runs_dir), *needs.lines()):
         console.say(line)
     return run
+
+
+def _make_directory(plan: TrainPlan, options: TrainOptions, tokenizer: Tokenizer, held: ExitStack) -> None:
+    """Make and lock the run directory, with its tokenizer and without a stop request. Raises UsageError if another
+    process trains the run, or began it after this one was planned."""
+    held.enter_context(alone(plan.out, "mm train"))
+    if not options.resume:
+        check_free(plan.out)
+    tokenizer.save(plan.out / "tokenizer")
+    (plan.out / STOP_FILE).unlink(missing_ok=True)
 
 
 def _open_logs(

@@ -108,13 +108,12 @@ def execute(
 ) -> None:
     """Execute steps of a recipe and write the report, also of one that failed or was interrupted. is_printed: print its
     tables too. Raise typer.Exit with the exit code of a step that failed."""
-    from mmdata.io.files import write_text
+    from mmdata.io.files import alone, write_text
     from mmtrain.commands.project.page import course_page, course_sections
-    from mmtrain.commands.project.runner import alone
 
     if runner.rank:
         raise typer.Exit(runner.run(steps))
-    with alone(runner.out):
+    with alone(runner.out, "mm run"):
         code = 130
         try:
             if scale < 1:

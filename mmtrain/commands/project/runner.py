@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -295,19 +295,6 @@ class Runner:
 def resuming(argv: Sequence[str]) -> list[str]:
     """Return the words of `mm train` that resume the run which others began."""
     return [*without_option(argv, "--init", "--resize-embeddings"), "--resume"]
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Hold the lock of a recipe's record. Raise UsageError if another process executes the recipe."""
-    from mmdata.io.files import AlreadyLockedError, locked
-
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(out / ".lock", wait=False):
-            yield
-    except AlreadyLockedError:
-        raise UsageError(f"another mm run works in {out}", "wait for it, or choose another --out") from None
 
 
 def parsed_output(record: "StepRecord | None") -> Any:
