@@ -14,7 +14,7 @@ from mmdata.hub.lockfile import read_lock
 from mmdata.io.files import sha256_of
 from mmdata.io.records import JsonObject, read_record
 from mmdata.shards.dataset import CARD
-from mmdata.shards.manifest import MANIFEST, Manifest, read_manifest
+from mmdata.shards.manifest import MANIFEST, Manifest, is_unfinished, read_manifest
 from mmtrain.records import RUN, CheckpointState, RunRecord, newest_state, read_run
 
 EXPORT = "export.json"
@@ -75,7 +75,7 @@ def origin_of(path: Path, *, is_checked: bool = False) -> LineageNode:
         )
     if (path / RUN).is_file():
         return run_origin(path, "", is_checked)
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() or is_unfinished(path):
         return _dataset(path, str(path), "", is_checked)
     raise UsageError(f"{path} is no run, export or packed dataset", "name the directory of one, such as runs/sft-1")
 

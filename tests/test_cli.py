@@ -12,7 +12,7 @@ from recipe_runs import in_process
 
 import cli
 from mmdata.demo import corpus as demo
-from mmtrain.commands.train import newest_dataset
+from mmtrain.commands.train import newest_dataset, resume_command
 
 
 def test_the_literal_commands_lead_from_jsonl_to_an_answer(home: Path, mm: Run) -> None:
@@ -228,12 +228,37 @@ def test_the_demo_goes_through_all_stages_and_scores_each(
 def test_an_input_that_stands_in_another_is_warned_of(home: Path, mm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = (home / "data" / "sft_512.jsonl").read_text().splitlines()
     (home / "data" / "part.jsonl").write_text("\n".join(lines[:20]) + "\n")
-    done = fine(mm("pack data/part.jsonl data/sft_512.jsonl --no-report"))
+    done = fine(mm("pack data/part.jsonl data/sft_512.jsonl --no-report --max-len 128"))
     assert "rows of data/part.jsonl stand in data/sft_512.jsonl too" in done.err
+    once = "mm pack --no-report --max-len 128 data/part.jsonl data/sft_512.jsonl --out shards/NAME --dedup exact"
+    assert done.err.split("take them once: ")[1].splitlines()[0] == once
     done = fine(mm("pack data/part.jsonl data/sft_512.jsonl --no-report --out shards/once --dedup exact"))
     assert "warning" not in done.err and "duplicate" in done.out
     monkeypatch.setattr("mmdata.commands.pack.MOST_COMPARED", 19)
     assert "rows are too many to compare" in fine(mm("pack data/part.jsonl data/sft_512.jsonl --no-report")).err
+
+
+def test_an_interrupted_run_is_resumed_with_its_options_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = "mm train sft --init runs/a --out runs/b --device cpu --max-skipped 3 --resume"
+    monkeypatch.setattr(sys, "argv", argv.split())
+    assert resume_command(Path("runs/b")) == "mm train sft --device cpu --max-skipped 3 --out runs/b --resume"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resume_command(Path("runs/b")).endswith("--out runs/b --nproc 2 --resume")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of torchrun
+    assert "--nproc" not in resume_command(Path("runs/b"))
+
+
+def test_a_dataset_of_shards_that_is_not_published_says_what_publishes_it(home: Path, mm: Run) -> None:
+    early = refused(mm("pack data/sft_512.jsonl --finish"), "no --shard has packed one here", "that they share")
+    assert "goes on from there" not in early.err
+    fine(mm("pack data/sft_512.jsonl --shard 1/2 --part-size 2000"))
+    early = refused(mm("pack data/sft_512.jsonl --finish --part-size 2000"), "not packed yet: those of --shard 2/2")
+    assert "parts are done and kept in" in early.err and "goes on from there" not in early.err
+    for line in ("train sft --data shards/sft_512", "train sft --data sft_512"):
+        refused(mm(line), "shards/sft_512 is not published yet", "--finish")
+    for line in ("show shards/sft_512", "stats shards/sft_512", "lineage shards/sft_512"):
+        refused(mm(line), "shards/sft_512 is not published yet", "--finish")
+    refused(mm("train sft"), "the packing of sft_512 has not ended")
 
 
 def test_shards_of_a_pack_and_weights_by_the_command_line(home: Path, mm: Run) -> None:

@@ -343,13 +343,21 @@ def dataset_dir(path: Path) -> Path:
     match = STEM.fullmatch(path.name)
     packed = SHARDS_DIR / (match[1] if match else path.name)
     for directory in (path, SHARDS_DIR / path):
-        if directory.is_dir():
+        if is_dataset(directory):
             return directory
     if path.is_file():
         fix = f"--data {packed}" if packed.is_dir() else f"mm pack {path}    then    --data {packed}"
         raise DatasetError(f"{path} is a file of rows; a packed dataset is needed", fix)
     there = sorted(str(manifest.parent) for manifest in SHARDS_DIR.glob("*/manifest.json"))
     raise DatasetError(f"{path}: no such dataset", f"there is {', '.join(there)}" if there else "mm pack")
+
+
+def is_dataset(path: Path) -> bool:
+    """Return whether a path is a dataset and not a file of rows: a directory, or one that is not published yet, which is
+    refused with what helps when it is opened."""
+    from mmdata.shards.manifest import is_unfinished
+
+    return path.is_dir() or is_unfinished(path)
 
 
 def pack_command(

@@ -2,9 +2,10 @@
 
 import os
 import re
+import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdata.commands.options import FILES_HELP, SHARDS_DIR, STEM, Json, data_files, pack_command, tokenizer_dir
+from mmdata.commands.options import FILES_HELP, SHARDS_DIR, STEM, Json, data_files, tokenizer_dir
 from mmdata.commands.terminal import (
     Rate,
     counted,
@@ -30,6 +31,7 @@ from mmdata.commands.terminal import (
     say,
     size,
     table,
+    without_option,
 )
 from mmdata.errors import MMError, UsageError
 from mmdata.options import Option, redeclared
@@ -98,7 +100,7 @@ def pack(
     if as_json:
         print_json(results)
     if len(paths) > 1:
-        warn_of_contained([packed for packed in results if packed.parts_left is None], options)
+        warn_of_contained([packed for packed in results if packed.parts_left is None], files or ())
     if results and results[-1].parts_left is None:
         from mmdata.shards.manifest import MANIFEST
 
@@ -290,18 +292,19 @@ def print_packed(packed: "PackResult", write: Callable[[str], None] = result) ->
             say(f"{reason}: {HELP[reason]}")
 
 
-def warn_of_contained(results: "list[PackResult]", options: PackOptions) -> None:
+def warn_of_contained(results: "list[PackResult]", files: Sequence[str]) -> None:
     """Warn of each input file of which most rows are also in another one: a model would see them twice. More than
-    MOST_COMPARED rows are not compared, as that would take more memory than packing."""
+    MOST_COMPARED rows are not compared, as that would take more memory than packing. files: those of the command."""
     from mmdata.shards.checks import find_contained
     from mmdata.shards.dataset import open_dataset
 
     if (num_rows := sum(packed.kept for packed in results)) > MOST_COMPARED:
         say(f"note: {num_rows:,} rows are too many to compare files with each other; --dedup exact takes rows once")
         return
+    command = [word for word in without_option(sys.argv[1:], "--dedup", "--json") if word not in files]
     for pair in find_contained([open_dataset(packed.out) for packed in results]):
-        more = f" --out {SHARDS_DIR}/NAME --dedup exact"
-        once = pack_command([Path(pair.inner), Path(pair.outer)], options, options.tokenizer, more)
+        both = [str(pair.inner), str(pair.outer), "--out", str(SHARDS_DIR / "NAME"), "--dedup", "exact"]
+        once = shlex.join(["mm", *command, *both])
         rows = f"{pair.rows:,} of {pair.of:,} rows of {pair.inner} stand in {pair.outer} too"
         say(f"warning: {rows}; to train on both, take them once: {once}")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmdata.commands.options import TokenizerDir, tokenizer_dir
+from mmdata.commands.options import TokenizerDir, is_dataset, tokenizer_dir
 from mmdata.commands.terminal import (
     ignored_keys,
     json_text,
@@ -55,7 +55,7 @@ def show(
 
     Example: mm show shards/sft_512 --index 3    mm show shards/dpo --split all --json
     """
-    if path.is_dir():
+    if is_dataset(path):
         show_dataset(path, index, split, ids, as_json)
     else:
         show_file(path, read, index or 0, tokenizer_dir(tokenizer), max_len, ids, as_json)

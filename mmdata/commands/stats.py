@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmdata.commands.options import REPORT, Html, Json, Lang, TokenizerDir, Workers, optional_tokenizer
+from mmdata.commands.options import REPORT, Html, Json, Lang, TokenizerDir, Workers, is_dataset, optional_tokenizer
 from mmdata.commands.terminal import (
     fail,
     next_command,
@@ -104,7 +104,7 @@ def measure(path: Path, options: "Figures", of_files: "Figures", *, quiet: bool)
     from mmdata.stats.stats import measure_dataset, measure_file
 
     with progress(f"read {path}", quiet=quiet) as update:
-        if path.is_dir():
+        if is_dataset(path):
             measured = measure_dataset(path, **options, progress=update)
         else:
             measured = measure_file(path, **options, **of_files, progress=update)

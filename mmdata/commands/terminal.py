@@ -33,7 +33,7 @@ CELL_WIDTH = 100  # a terminal's cells for a text in a report's table; longer on
 # Seconds before the first line of progress, and between the next ones, where stderr is no terminal.
 SOON_S, EVERY_S = 1.5, 10.0
 WORKING_S = 1.0  # seconds without any output after which a command says that it works
-SWITCHES = ("--plan", "--dry-run", "--json")  # options without a value that are taken from a command line
+SWITCHES = ("--plan", "--dry-run", "--json", "--resume")  # options without a value that are taken from a command line
 MOST_KEYS = 10  # ignored keys of rows in a line
 
 

@@ -338,10 +338,8 @@ def _keep_parts(staging: Staging, job: _Job) -> Iterator[None]:
         with contextlib.suppress(InputError, OSError):  # an OSError does not show that one has changed
             _check_unchanged(staging, job, job.parts)
         if num_done := len(staging.recorded()):
-            job.note(
-                f"{num_done:,} of {len(job.parts):,} parts are done and kept in {staging.dataset}: the same command goes "
-                "on from there"
-            )
+            more = "" if job.options.finish else ": the same command goes on from there"
+            job.note(f"{num_done:,} of {len(job.parts):,} parts are done and kept in {staging.dataset}{more}")
         else:
             staging.clear()
         raise
@@ -372,13 +370,14 @@ def _check_all_done(staging: Staging, job: _Job, done: Collection[int]) -> None:
             f"parts {_some(missing)}",
             f"run the shards that pack them (part k is of shard k mod n + 1), {rest}",
         )
+        if not done:
+            names, fix = "no --shard has packed one here", f"run the shards first, {rest}"
         if len(counts := staging.shard_counts()) == 1:
             (count,) = counts
             shards = _some([f"{number}/{count}" for number in sorted({part % count + 1 for part in missing})])
-            names, fix = f"those of --shard {shards}", f"run these shards again, {rest}"
-        raise DatasetError(
-            f"{len(missing):,} of {len(job.parts):,} parts of {job.out} are not packed yet: {names}", fix
-        )
+            names, fix = f"those of --shard {shards}", f"run these shards, {rest}"
+        problem = f"{len(missing):,} of {len(job.parts):,} parts of {job.out} are not packed yet: {names}"
+        raise DatasetError(problem, f"{fix}; if another machine packed them, give all a directory that they share")
 
 
 def _some(names: Sequence[object]) -> str:

@@ -338,14 +338,22 @@ def damaged(directory: Path, message: str) -> DatasetError:
     return DatasetError(message, f"mm verify {directory} --repair")
 
 
+def is_unfinished(directory: Path) -> bool:
+    """Return whether packing to `directory` has begun and the dataset is not published there."""
+    return not directory.exists() and (directory.parent / f".{directory.name}.packing").is_dir()
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Read a dataset's manifest. Raises DatasetError if it is missing, damaged, not written by `mm pack`, or of another
-    format version."""
+    format version, or if the dataset is not published yet."""
     path = directory / MANIFEST
     pack_it = f"mm pack FILE --out {directory}"
     try:
         content = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
+        if is_unfinished(directory):
+            fix = "the same mm pack command goes on; what was packed with --shard is published by --finish in its place"
+            raise DatasetError(f"{directory} is not published yet: its packing has not ended", fix) from None
         raise DatasetError(f"{directory} is not a packed dataset: it has no {MANIFEST}", pack_it) from None
     except OSError as error:
         raise damaged(directory, f"{path}: {error.strerror}") from None

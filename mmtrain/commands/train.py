@@ -1,6 +1,7 @@
 """`mm train`: train one stage (pretrain, sft or dpo), in one process or several."""
 
 import json
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -108,7 +109,9 @@ def newest_dataset(stage: str) -> Path:
             if files
             else "bring rows of this kind (`mm fetch --list`), or name a dataset: --data DIR"
         )
-        raise DatasetError(f"no packed {STAGE_KINDS[stage]} dataset under {SHARDS_DIR}/", fix)
+        begun = [path.name[1:].removesuffix(".packing") for path in sorted(SHARDS_DIR.glob(".*.packing"))]
+        more = f"; the packing of {', '.join(begun)} has not ended (mm pack … --finish)" if begun else ""
+        raise DatasetError(f"no packed {STAGE_KINDS[stage]} dataset under {SHARDS_DIR}/{more}", fix)
     return datasets[-1]
 
 
@@ -192,13 +195,21 @@ def print_trained(trained: "TrainResult") -> None:
     if (trained.run_dir / "report.html").exists():
         say(f"look: {trained.run_dir / 'report.html'}")
     if trained.is_interrupted:
-        next_command(f"mm train {trained.stage} --out {trained.run_dir} --resume")
+        next_command(resume_command(trained.run_dir))
         return
     following = {"pretrain": "sft", "sft": "dpo"}.get(trained.stage, "")
     is_found = trained.run_dir.resolve().parent == RUNS_DIR.resolve()
     train_on = f"mm train {following}{'' if is_found else f' --init {trained.run_dir}'}"
     commands = [f"mm chat {trained.run_dir}", *([train_on] if following and datasets_for(following) else [])]
     next_command("    or    ".join(commands[::-1] if trained.stage == "pretrain" else commands))
+
+
+def resume_command(run_dir: Path) -> str:
+    """Return the command that resumes the run which this one trained, with its options and its number of ranks."""
+    is_own_launch = "LOCAL_WORLD_SIZE" not in os.environ  # which torchrun sets
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) if is_own_launch else 1
+    nproc = f" --nproc {ranks}" if ranks > 1 else ""
+    return same_command("--init", "--resize-embeddings", "--out", "--resume", add=f"--out {run_dir}{nproc} --resume")
 
 
 def next_run(stage: str, resume: bool) -> Path:
