@@ -12,6 +12,7 @@ from recipe_runs import in_process
 
 import cli
 from mmdata.demo import corpus as demo
+from mmtrain.commands.demo import print_demo
 from mmtrain.commands.train import newest_dataset, resume_command
 
 
@@ -236,6 +237,26 @@ def test_an_input_that_stands_in_another_is_warned_of(home: Path, mm: Run, monke
     assert "warning" not in done.err and "duplicate" in done.out
     monkeypatch.setattr("mmdata.commands.pack.MOST_COMPARED", 19)
     assert "rows are too many to compare" in fine(mm("pack data/part.jsonl data/sft_512.jsonl --no-report")).err
+
+
+def test_a_short_demo_says_why_a_figure_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = {
+        "stage": "sft",
+        "exact": 0.5,
+        "sentences": 1.0,
+        "preference_accuracy": 0.5,
+        "minutes": 0.1,
+        "transcript": [],
+    }
+    for more, is_said in (({}, True), ({"bits_per_byte": 1.0}, False)):
+        print_demo({"questions": 2, "minutes": 0.1, "stages": [stage | more]}, tmp_path)
+        assert ("-: so short a demo holds no row" in capsys.readouterr().out) == is_said
+
+
+def test_a_share_of_very_few_rows_is_worded(home: Path, mm: Run) -> None:
+    line = (home / "data" / "sft_512.jsonl").read_text().splitlines()[0]
+    (home / "two.jsonl").write_text(f"{line}\n{line}\n")
+    assert "perhaps none of 2 rows are held out" in mm("pack two.jsonl --plan").err
 
 
 def test_an_interrupted_run_is_resumed_with_its_options_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

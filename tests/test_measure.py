@@ -20,6 +20,7 @@ from mmdata.stats.frames import rows
 from mmdata.stats.report.data import dataset_page
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmdata.tokenizer.vocabulary import token_bytes
+from mmtrain.commands.eval import print_scores
 from mmtrain.inference.evaluate import evaluate
 from mmtrain.inference.score import Scored, figures, noisiest, score, write_scores
 from mmtrain.model.model import Model
@@ -47,6 +48,20 @@ def test_the_figures_are_those_of_validation(data: Data, model: Model, tokenizer
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(expected["loss"]), rel=1e-4)
     assert found["tokens"] == expected["tokens"] == dataset.split("val").totals.loss_tokens
+
+
+def test_a_margin_of_zero_has_no_minus_sign(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"sequences": 1, "tokens": 1, "loss": 1.0, "bits_per_byte": 1.0, "perplexity": 1.0}
+    values = {
+        "model": "m",
+        "seconds": 1.0,
+        "splits": ["val"],
+        "datasets": {"shards/dpo": {"all": {**figures, "accuracy": 0.5, "margin": -0.001}}},
+        "preference": {"loss": 0.69, "accuracy": 0.5, "reward_margin": -1e-6, "pairs": 1},
+    }
+    print_scores(values)
+    out = capsys.readouterr().out
+    assert "-0.0" not in out and "margin +0.0000, 1 pairs" in out
 
 
 def logps(model: Model, ids: list[int], mask: list[int]) -> float:

@@ -25,11 +25,13 @@ import cli
 from mmdata.errors import MMError
 from mmdata.hub import transfer
 from mmdata.io import files
+from mmdata.stats.report.page import Note
 from mmtrain.commands.project import runner
+from mmtrain.commands.project.page import course_sections
 from mmtrain.commands.project.planning import StepPlan, sample_rows
 from mmtrain.commands.project.recipe import RECIPES, find_recipe, read_recipe
 from mmtrain.commands.project.run import in_all
-from mmtrain.records import newest_state
+from mmtrain.records import StepRecord, newest_state
 
 GROUP = typer.main.get_command(cli.app)
 STAGES = ("train.pretrain", "train.sft", "train.dpo")
@@ -167,6 +169,16 @@ def test_a_plan_without_network_names_it_and_is_a_lower_bound(
 def test_sums_of_a_plan_count_what_is_known(plans: list[StepPlan], words: str) -> None:
     assert words in in_all(plans, 0.0)
     assert ("price" in in_all(plans, 3600.0)) == ("60 s" in words or "done" in plans[0].state)
+
+
+def test_the_report_names_stages_that_could_not_be_evaluated(tiny: Path) -> None:
+    course = read_recipe(tiny / "tiny.toml", GROUP)
+    tried = runner.Runner(course, tiny, tiny / "courses/tiny")
+    tried.record.steps["train.sft/eval"] = StepRecord(key="", argv=[], begun=0.0, status=runner.FAILED)
+    notes = [
+        block.text.values for section in course_sections(tried) for block in section.blocks if isinstance(block, Note)
+    ]
+    assert notes == [{"stages": "train.sft"}]
 
 
 # --- execution

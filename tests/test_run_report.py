@@ -173,6 +173,14 @@ def test_curves_of_two_runs_are_parted_and_changed_settings_come_first(tmp_path:
     assert [row[0] for row in changed.rows] == ["lr"] and [row[0] for row in rest.blocks[0].rows] == ["clip"]
 
 
+def test_a_stage_of_new_weights_is_told_from_one_that_goes_on(tmp_path: Path) -> None:
+    make_run(tmp_path / "base", 4, stage="pretrain")
+    make_run(tmp_path / "next", 4, stage="sft", init=str(tmp_path / "base"))
+    make_run(tmp_path / "alone", 4, stage="sft")
+    pages = [report.run_page(history.figures([tmp_path / name])) for name in ("base", "next", "alone")]
+    assert ["alone began with new weights" in html for html in pages] == [False, False, True]
+
+
 def test_several_runs_lie_over_each_other(tmp_path: Path) -> None:
     for name, number in (("loss", 30), ("b", 20)):
         make_run(tmp_path / name, number, fill=0.9, matmul_flops=1e9)

@@ -170,8 +170,8 @@ def settled(inputs: list[Path], place: Path, options: PackFlags) -> PackOptions:
     if options.max_len is None:
         say(f"{place}: --max-len {max_len}: {percent(found.kept(max_len), 1)} of the tokens are in rows that fit")
     if options.val_fraction is None and fraction != estimate.VAL_FRACTION:
-        held_out = f"about {round(fraction * found.rows):,} of {found.rows:,} rows are held out as the val split"
-        say(f"{place}: --val-fraction {fraction:g}: {held_out}")
+        held_out = f"about {number:,}" if (number := round(fraction * found.rows)) else "perhaps none"
+        say(f"{place}: --val-fraction {fraction:g}: {held_out} of {found.rows:,} rows are held out as the val split")
     return replace(options, max_len=max_len, val_fraction=fraction)
 
 

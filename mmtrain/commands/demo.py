@@ -178,6 +178,8 @@ def print_demo(figures: DemoFigures, out: Path) -> None:
     )
     result()
     table(f"{figures['questions']} held-out questions, none of them trained on", columns, rows)
+    if any("bits_per_byte" not in stage for stage in figures["stages"]):
+        result("-: so short a demo holds no row of this stage out; more --minutes do")
     result()
     for answered in figures["stages"][-1]["transcript"]:
         for message in answered["messages"]:

@@ -159,12 +159,12 @@ def print_scores(values: Scores) -> None:
         for name, figures in buckets.items():
             row = [f"{name}", int(figures["sequences"]), int(figures["tokens"]), f"{figures['loss']:.4f}"]
             row += [f"{figures['bits_per_byte']:.4f}", f"{figures['perplexity']:.2f}"]
-            rows.append(row + ([percent(figures["accuracy"], 1), f"{figures['margin']:.2f}"] if is_pairs else []))
+            rows.append(row + ([percent(figures["accuracy"], 1), f"{figures['margin']:z.2f}"] if is_pairs else []))
         table(f"{dataset} ({' and '.join(values['splits'])} split)", columns, rows)
     if found := values.get("preference"):
         result(
             f"val as in training, against the reference: loss {found['loss']:.4f}, reward accuracy "
-            f"{percent(found['accuracy'], 1)}, margin {found['reward_margin']:+.4f}, {found['pairs']:,} pairs"
+            f"{percent(found['accuracy'], 1)}, margin {found['reward_margin']:+z.4f}, {found['pairs']:,} pairs"
         )
     least_likely = values.get("noisiest", ())
     rows = ((f"{row['file']} line {row['line']}", row["tokens"], f"{row['loss']:.3f}") for row in least_likely)

@@ -449,6 +449,9 @@ def _lineage(runs: Sequence[RunFigures]) -> Iterator[Block]:
             )
         )
     yield Table([*columns, Column("data", "noted"), Column("device")], rows)
+    if untaught := [run["name"] for run in runs if run["stage"] in ("sft", "dpo") and not run["init"]]:
+        text = "{runs} began with new weights, not with those of a finished stage before: good for a trial only"
+        yield Note(phrase(text, runs=", ".join(untaught)), in_terminal=True)
     yield Note(
         as_name(
             ", ".join(

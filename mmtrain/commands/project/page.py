@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.commands.project.recipe import Recipe
-from mmtrain.commands.project.runner import Runner, parsed_output
+from mmtrain.commands.project.runner import FAILED, Runner, parsed_output
 
 MEASURES = {  # of `mm eval` on packed data, and how its table calls them
     "loss": "loss",
@@ -33,7 +33,7 @@ def course_page(runner: Runner, lang: str) -> str:
 
 def course_sections(runner: Runner) -> Iterator[Any]:
     """Yield the sections that the terminal prints too: time and costs, evaluations, answers."""
-    from mmdata.stats.report.page import Cards, Column, Section, Table, as_name, duration, size
+    from mmdata.stats.report.page import Cards, Column, Note, Section, Table, as_name, duration, phrase, size
 
     recipe, records = runner.recipe, runner.record.steps
     known = [(step, records[step.name]) for step in recipe.steps if step.name in records]
@@ -67,13 +67,19 @@ def course_sections(runner: Runner) -> Iterator[Any]:
         for step, record in known
     ]
     yield Section("time", "Time and costs", [Cards(cards), Table(columns, rows)])
+    blocks: list[Any] = []
     if evaluated := list(_evaluations(recipe, records)):
         names = [name for name in MEASURES if any(name in figures for _, figures in evaluated)]
         names += [name for name in ("questions", "choices") if any(name in figures for _, figures in evaluated)]
         kinds = [Column("stage", "code"), Column("dataset", "code")]
         kinds += [Column(as_name(MEASURES.get(name, name)), "decimal4") for name in names]
         rows = [(stage, figures["dataset"], *(figures.get(name) for name in names)) for stage, figures in evaluated]
-        yield Section("evaluation", "Evaluation after every stage", [Table(kinds, rows)])
+        blocks.append(Table(kinds, rows))
+    if failed := [step.base for step, record in known if step.name.endswith("/eval") and record.status == FAILED]:
+        text = "{stages}: not evaluated; most often the val split is empty, as of very little data"
+        blocks.append(Note(phrase(text, stages=", ".join(failed)), in_terminal=True))
+    if blocks:
+        yield Section("evaluation", "Evaluation after every stage", blocks)
     answers = {step.base: _answers(records.get(f"{step.name}/answers")) for step in stages}
     answers = {stage: texts for stage, texts in answers.items() if texts}
     if answers:
