@@ -226,6 +226,7 @@ def test_the_demo_goes_through_all_stages_and_scores_each(
     assert not (home / "d/runs/old").exists()
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_an_input_that_stands_in_another_is_warned_of(home: Path, mm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = (home / "data" / "sft_512.jsonl").read_text().splitlines()
     (home / "data" / "part.jsonl").write_text("\n".join(lines[:20]) + "\n")

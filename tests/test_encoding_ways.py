@@ -15,16 +15,21 @@ from mmdata.encode.columns import columns_of
 from mmdata.encode.encoder import EncodedRows, RowEncoder
 from mmdata.encode.rows import BadRow, Conversation, Document, Message, Pair, Row
 from mmdata.encode.sequences import is_equal
-from mmdata.tokenizer.encoders import choose
+from mmdata.tokenizer.encoders import Encoder, choose
 
 BLOCKS = ("seed", "era2", "era3", "chatml")
+
+
+@cache
+def fast_encoder(name: str, merges: bool) -> Encoder:
+    return choose(eras.tokenizer(name, merges_newlines=merges))
 
 
 @cache
 def pair_of_encoders(name: str, max_len: int, train_on: str, merges: bool = False) -> tuple[RowEncoder, RowEncoder]:
     tokenizer = eras.tokenizer(name, merges_newlines=merges)
     options: dict[str, Any] = {"max_len": max_len, "train_on": train_on, "on_lost": "warn"}
-    fast = RowEncoder(tokenizer, encoder=choose(tokenizer), **options)
+    fast = RowEncoder(tokenizer, encoder=fast_encoder(name, merges), **options)
     return fast, RowEncoder(tokenizer, is_reference=True, **options)
 
 

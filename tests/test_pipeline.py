@@ -162,6 +162,7 @@ def test_tokens_that_change_on_the_way_to_disk_are_noticed(
 # --- the same bytes
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_number_of_workers_writes_the_same_bytes(
     tmp_path: Path, packed: dict[str, PackResult], tokenizer_dir: Path, kind: str
@@ -464,6 +465,7 @@ def test_an_input_whose_rows_are_all_left_out_is_refused(tmp_path: Path, pack_to
     assert names(tmp_path) == [".out.packing", "rows.jsonl"]
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_on_bad_fail_names_the_first_bad_line_whatever_the_workers(
     tmp_path: Path, pack_to: Callable[..., PackResult], workers: int
@@ -555,6 +557,7 @@ def make_squarer() -> Callable[[int, Tick], int]:
     return square
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_results_stand_in_the_order_of_the_jobs_and_progress_counts_all(workers: int) -> None:
     seen: list[tuple[int, int]] = []
@@ -563,6 +566,7 @@ def test_results_stand_in_the_order_of_the_jobs_and_progress_counts_all(workers:
     assert found == [n * n for n in range(20)] and seen[-1] == (20, 20)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_workers_error_comes_through_with_its_fix() -> None:
     with pytest.raises(InputError, match="job -3") as caught:
         run_jobs(make_squarer, [1, 2, -3, 4, -5], total=5, workers=2)

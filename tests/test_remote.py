@@ -25,6 +25,7 @@ def bucket() -> Iterator[str]:
     fsspec.filesystem("memory").store.clear()
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_an_input_at_a_url_packs_to_the_same_digest(tmp_path: Path, tokenizer_dir: Path, bucket: str) -> None:
     path = write_rows(tmp_path / "rows.jsonl", "conversation", 80)
     memory = fsspec.filesystem("memory")

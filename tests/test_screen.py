@@ -75,6 +75,7 @@ def test_bands_find_near_texts_as_often_as_their_similarity_says() -> None:
 # --- duplicates
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_of_equal_rows_the_first_stays_whoever_packs(
     tmp_path: Path, pack_to: Callable[..., PackResult], workers: int

@@ -162,6 +162,7 @@ def test_a_parquet_file_of_a_selection_is_read_as_the_rows_it_holds(tmp_path: Pa
     assert again.left_out() == {}
 
 
+@pytest.mark.usefixtures("forked_workers")
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_workers_change_no_byte(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
