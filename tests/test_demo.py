@@ -1,8 +1,11 @@
 """The demo's corpus: what is held out stays held out, every row is a row, and scores count what they say."""
 
 import json
+import pickle
 import random
 import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,45 @@ from mmdata.tokenizer.tokenizer import CHATML, Tokenizer, train_bpe
 SEED, MINUTES = 3, 0.6
 
 
+@dataclass(frozen=True)
+class Built:
+    """What `write_corpus` returned, the splits of the same seed, and a tokenizer trained as the demo's."""
+
+    corpus: demo.DemoFiles
+    splits: demo.ItemSplits
+    tokenizer: Tokenizer
+
+
+def build(out: Path) -> None:
+    corpus = demo.write_corpus(out / "data", seed=SEED, minutes=MINUTES)
+    tokenizer = train_bpe(
+        corpus.tokenizer_texts,
+        vocab_size=demo.VOCAB_SIZE,
+        control_tokens=demo.CONTROL_TOKENS,
+        chat_template=CHATML,
+        out_dir=out / "tokenizer",
+    )
+    (out / "built.pickle").write_bytes(pickle.dumps(Built(corpus, demo.make_splits(SEED), tokenizer)))
+
+
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> demo.DemoFiles:
-    return demo.write_corpus(tmp_path_factory.mktemp("demo") / "data", seed=SEED, minutes=MINUTES)
+def built(built_once: Callable[..., Path]) -> Built:
+    return pickle.loads((built_once("demo", build) / "built.pickle").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def corpus(built: Built) -> demo.DemoFiles:
+    return built.corpus
+
+
+@pytest.fixture(scope="module")
+def splits(built: Built) -> demo.ItemSplits:
+    return built.splits
+
+
+@pytest.fixture(scope="module")
+def tokenizer(built: Built) -> Tokenizer:
+    return built.tokenizer
 
 
 def read(path: Path) -> list[dict]:
@@ -34,8 +73,8 @@ def asked_in(messages: list[dict]) -> list[str]:
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(corpus: demo.DemoFiles, tmp_path: Path) -> None:
-    one = corpus
-    two, other = (demo.write_corpus(tmp_path / str(seed), seed=seed, minutes=MINUTES) for seed in (SEED, SEED + 1))
+    one, two = corpus, demo.write_corpus(tmp_path / "two", seed=SEED, minutes=MINUTES)
+    other = demo.write_corpus(tmp_path / "other", seed=SEED + 1, minutes=0.01)
     for name in one.files:
         assert one.files[name].read_bytes() == two.files[name].read_bytes()
         assert one.files[name].read_bytes() != other.files[name].read_bytes()
@@ -106,11 +145,6 @@ def test_no_relation_that_is_held_out_is_stated_in_training(corpus: demo.DemoFil
             assert not any(before + question.whole.rstrip(".。") in text for before in (" ", "\n", "。"))
 
 
-@pytest.fixture(scope="module")
-def splits() -> demo.ItemSplits:
-    return demo.make_splits(SEED)
-
-
 def test_no_word_to_spell_is_another_one_backwards(splits: demo.ItemSplits) -> None:
     for items in splits.train, splits.held_out:
         words = {item.bare for language in demo.LANGUAGES for item in items[language, "reverse"]}
@@ -130,17 +164,6 @@ def test_held_out_questions_cover_every_subject_in_both_languages(corpus: demo.D
     assert set(counts) == {(subject, language) for subject in demo.SUBJECTS for language in demo.LANGUAGES}
     assert min(counts.values()) == demo.NUM_EACH
     assert len(corpus.questions) >= 200
-
-
-@pytest.fixture(scope="module")
-def tokenizer(corpus: demo.DemoFiles, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return train_bpe(
-        corpus.tokenizer_texts,
-        vocab_size=demo.VOCAB_SIZE,
-        control_tokens=demo.CONTROL_TOKENS,
-        chat_template=CHATML,
-        out_dir=tmp_path_factory.mktemp("tokenizer"),
-    )
 
 
 def test_some_long_conversations_are_longer_than_512_tokens(corpus: demo.DemoFiles, tokenizer: Tokenizer) -> None:
