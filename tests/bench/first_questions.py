@@ -4,7 +4,7 @@ A test holds that none of first_questions.json is trained on. Its sets: "tuned" 
 written, "unseen" was written by someone who had not seen them and never looked at, "final" was written after the last
 change of the wordings, before the run that was measured. A sum counts as right if the answer's last number is the sum;
 any other question if the answer is one of the two that the demo teaches for its kind. "Can you …?" may be answered with
-what the model can do or with that it does not know, and a question in both languages in either.
+what the model can do or with that it does not know, and a question in both languages, or in neither, in either.
 """
 
 import argparse
@@ -34,8 +34,8 @@ def is_right(question: dict, answer: str) -> bool:
     names, ask = PHRASES[question["kind"]], question["ask"]
     if CAN_YOU.match(ask) and question["kind"] in ("ability", "unknown"):
         names = ["can", "else"]
-    is_mixed = re.search("[a-z]", ask, re.IGNORECASE) and re.search("[\u4e00-\u9fff]", ask)
-    languages = LANGUAGES if is_mixed else [question["language"]]
+    is_english, is_chinese = re.search("[a-z]", ask, re.IGNORECASE), re.search("[\u4e00-\u9fff]", ask)
+    languages = LANGUAGES if bool(is_english) == bool(is_chinese) else [question["language"]]
     phrases = demo_texts().phrases
     return any(answer.strip() in phrases[language][name][1:3] for language in languages for name in names)
 
