@@ -33,7 +33,7 @@ def demo(
             "Training time in minutes on two present-day CPU cores; determines the number of rows.",
             above=0,
             most=60,
-            default_text="4.5",
+            default_text="3.1",
         ),
     ] = None,
     seed: Annotated[int, Option("Seed of the corpus, the new weights and the order of the data.", **INT64)] = 0,

@@ -2,7 +2,8 @@
 
 A test holds that none of first_questions.json is trained on. Its sets: "tuned" was looked at while the demo's texts were
 written, "unseen" was written by someone who had not seen them and never looked at, "final" was written after the last
-change of the wordings, before the run that was measured. A sum counts as right if the answer's last number is the sum;
+change of the wordings, before the run that was measured, and "fresh" after every change of the data and the recipe, by
+someone who had seen neither. A sum counts as right if the answer's last number is the sum;
 any other question if the answer is one of the two that the demo teaches for its kind. "Can you …?" may be answered with
 what the model can do or with that it does not know, and a question in both languages, or in neither, in either.
 """
@@ -56,7 +57,7 @@ def main() -> None:
         print(f"{'right' if is_good else 'WRONG':5} {' '.join(key):16} {question['ask']!r} -> {answer.strip()!r}")
     for name in dict(asked_of):
         print(f"{' '.join(name)}: {right_of[name]} of {asked_of[name]}")
-    for name in ("tuned", "unseen", "final"):
+    for name in ("tuned", "unseen", "final", "fresh"):
         right, asked_all = (sum(n for key, n in counts.items() if key[0] == name) for counts in (right_of, asked_of))
         print(f"{name}: {right} of {asked_all}")
 
