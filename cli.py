@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mmdata.commands.options import DATA_DIR, HOME, SETTINGS, add_lazily, check_arguments
-from mmdata.commands.terminal import fail, replace_unknown_characters, result, say
+from mmdata.commands.terminal import fail, replace_unknown_characters, result, say, take_arguments_as_utf8
 from mmdata.errors import MMError, of_system
 
 COMMANDS = {
@@ -94,6 +94,7 @@ def main() -> None:
     recognizes, both printed to stderr as an error and a fix; 130 for Ctrl-C and SIGTERM; 0 when the reader of stdout
     has gone (`mm show DIR | head`). Any other exception is raised with its traceback."""
     signal.signal(signal.SIGTERM, interrupt)
+    take_arguments_as_utf8()
     replace_unknown_characters()
     try:
         check_arguments(sys.argv[1:])

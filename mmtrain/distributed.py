@@ -36,6 +36,7 @@ GRACE_S = 20  # seconds that other ranks have to end by themselves after one has
 BEAT_S, MISSED_BEATS = 3.0, 12  # how often a rank shows that it runs; beats after which a silent one is given up
 BLOCKED_S = 15  # seconds after a signal until a process is ended whose main thread does not come back to Python
 CHUNK_BYTES = 25 * 2**20  # of a gradient that are summed over ranks at a time, at least; what torch's DDP takes
+MOST_NAMED, SHORT = 6, 40  # settings of a rank that are named in an error; characters of two values that are shown
 CLEAN_UP_S = 10  # seconds that the last words of a process may take that is ended while its main thread is blocked
 
 
@@ -99,35 +100,51 @@ class World:
 
     def agree(self, error: MMError | None) -> None:
         """Raise on every rank if any rank passes an error; return if all pass None. Every rank must call this. The
-        lowest rank with an error raises it, all others SystemExit with its exit code, so that it is printed once."""
+        lowest rank with an error raises it, and so does one rank on each other node; all others raise SystemExit with
+        its exit code, so that a node prints it once."""
         if self.size == 1:
             if error is not None:
                 raise error
             return
-        codes = self.gather(error.exit_code if error is not None else 0)
-        failed = [(rank, code) for rank, (code,) in enumerate(codes) if code]
-        if failed and failed[0][0] == self.rank:
-            assert error is not None
+        codes = [code for (code,) in self.gather(error.exit_code if error is not None else 0)]
+        if not any(codes):
+            return
+        first = next(rank for rank, code in enumerate(codes) if code)
+        if error is not None and self.rank == first:
+            box: list[Any] = [(_node(), error.message, error.fix)]
+        else:
+            box = [None]
+        dist.broadcast_object_list(box, src=first, device=self.device)
+        if error is not None and self.rank == first:
             raise error
-        if failed:
-            raise SystemExit(failed[0][1])
+        node, message, fix = box[0]
+        if node == _node() or int(os.environ.get("LOCAL_RANK", "0")):
+            raise SystemExit(codes[first])
+        raised = MMError(message if all(codes) else f"rank {first}: {message}", fix)
+        raised.exit_code = codes[first]
+        raise raised
 
     def agree_same(self, facts: Mapping[str, object]) -> None:
-        """Raise TrainError unless all ranks pass equal facts, compared by their text: on the first rank one that names
-        the ranks with other facts than most, SystemExit on the others. Every rank must call this, with equal keys."""
+        """Raise TrainError, as `agree` does, unless all ranks pass equal facts, compared by their text. It names the
+        ranks with other facts than most, and how those differ. Every rank must call this, with equal keys."""
         if self.size == 1:
             return
         digests = [hashlib.sha256(str(value).encode()).digest()[:7] for value in facts.values()]
         rows = self.gather(*(int.from_bytes(digest, "big") for digest in digests))
         usual = Counter(rows).most_common(1)[0][0]
+        if rows == [usual] * self.size:
+            return
+        known: list[Any] = [None] * self.size
+        dist.all_gather_object(known, {name: _texts(value) for name, value in facts.items()})
+        whole = rows.index(usual)
         others = [
-            f"rank {number} has other {', '.join(n for n, a, b in zip(facts, row, usual, strict=True) if a != b)}"
+            f"rank {number} has other {', '.join(differences(known[number], known[whole]))}"
             for number, row in enumerate(rows)
             if row != usual
         ]
-        problem = f"the ranks do not start from the same: {'; '.join(others)} than rank {rows.index(usual)}"
+        problem = f"the ranks do not start from the same: {'; '.join(others)} than rank {whole}"
         fix = "bring the same data, checkpoint, options and version of mm to every node"
-        self.agree(TrainError(problem, fix) if others and self.is_first else None)
+        self.agree(TrainError(problem, fix))
 
     def agree_on(self, check: Callable[[], object]) -> None:
         """Call `check` on every rank, and raise its MMError, if any, as `agree` does. Every rank must call this."""
@@ -137,6 +154,29 @@ class World:
         except MMError as raised:
             error = raised
         self.agree(error)
+
+
+def _node() -> str:
+    """Return the number of this process's node, which torchrun gives; "0" without."""
+    return os.environ.get("GROUP_RANK", "0")
+
+
+def _texts(fact: object) -> str | dict[str, str]:
+    return {name: str(value) for name, value in fact.items()} if isinstance(fact, dict) else str(fact)
+
+
+def differences(these: Mapping[str, Any], those: Mapping[str, Any]) -> Iterator[str]:
+    """Yield, in words, what differs between two mappings with equal names: of a mapping in them, and of a short text, with
+    both values; of a longer one, such as a hash, the name alone."""
+    for name in (name for name in those if these[name] != those[name]):
+        this, that = these[name], those[name]
+        if isinstance(this, dict):
+            unlike = [key for key in that if this.get(key) != that[key]]
+            more = f" and {len(unlike) - MOST_NAMED} more" if len(unlike) > MOST_NAMED else ""
+            shown = ", ".join(f"{key} {this.get(key)} instead of {that[key]}" for key in unlike[:MOST_NAMED])
+            yield f"{name} ({shown}{more})"
+        else:
+            yield f"{name} ({this} instead of {that})" if len(this + that) <= SHORT else name
 
 
 class GradientSum:

@@ -253,7 +253,17 @@ def test_ranks_that_do_not_start_from_the_same_are_named_before_the_first_step(d
     config = config_of("pretrain", data, tmp_path / "run", model="tiny")
     done = run_ranks(config, 3, "other")
     assert done.returncode == 1 and done.stderr.count("error on rank") == 1
-    assert "rank 1 has other data, settings than rank 0" in done.stderr and not config.out.exists(), done.stderr
+    assert "rank 1 has other data, settings (lr 0.5 instead of " in done.stderr, done.stderr
+    assert "than rank 0" in done.stderr and not config.out.exists()
+
+
+def test_differences_between_ranks_are_named_with_both_values() -> None:
+    usual = {"data": "a" * 64, "step": "6", "settings": {"lr": "0.1", "seed": "1", **{f"s{n}": "0" for n in range(9)}}}
+    other = {**usual, "step": "0", "settings": {**usual["settings"], "lr": "0.2"}}  # type: ignore[dict-item]
+    assert list(distributed.differences(other, usual)) == ["step (0 instead of 6)", "settings (lr 0.2 instead of 0.1)"]
+    other |= {"data": "b" * 64, "settings": dict.fromkeys(usual["settings"], "7")}
+    data, _, settings = distributed.differences(other, usual)
+    assert data == "data" and settings.endswith("s3 7 instead of 0 and 5 more)")
 
 
 def test_facts_of_a_run_have_its_step_weights_and_code(
@@ -408,7 +418,9 @@ def test_a_node_of_torchrun_with_an_older_checkpoint_is_named_before_the_first_s
     before = {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
     nodes = start_nodes(replace(config, resume=True), "older")
     codes, errors = zip(*(nodes.end(node) for node in (0, 1)), strict=True)
-    assert 0 not in codes and "rank 1 has other step, weights than rank 0" in errors[0], errors
+    assert 0 not in codes
+    for error in errors:  # each node prints it
+        assert "rank 1 has other step (3 instead of 6), weights than rank 0" in error, errors
     assert {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()} == before
 
 

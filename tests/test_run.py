@@ -25,7 +25,7 @@ import cli
 from mmdata.errors import MMError
 from mmdata.hub import transfer
 from mmdata.io import files
-from mmdata.stats.report.page import Note
+from mmdata.stats.report.page import Note, Phrase
 from mmtrain.commands.project import runner
 from mmtrain.commands.project.page import course_sections
 from mmtrain.commands.project.planning import StepPlan, sample_rows
@@ -175,10 +175,9 @@ def test_the_report_names_stages_that_could_not_be_evaluated(tiny: Path) -> None
     course = read_recipe(tiny / "tiny.toml", GROUP)
     tried = runner.Runner(course, tiny, tiny / "courses/tiny")
     tried.record.steps["train.sft/eval"] = StepRecord(key="", argv=[], begun=0.0, status=runner.FAILED)
-    notes = [
-        block.text.values for section in course_sections(tried) for block in section.blocks if isinstance(block, Note)
-    ]
-    assert notes == [{"stages": "train.sft"}]
+    blocks = [block for section in course_sections(tried) for block in section.blocks]
+    notes = [each.text for each in blocks if isinstance(each, Note)]
+    assert [note.values for note in notes if isinstance(note, Phrase)] == [{"stages": "train.sft"}]
 
 
 # --- execution

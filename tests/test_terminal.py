@@ -72,6 +72,22 @@ def test_an_argument_that_is_not_utf_8_is_one_line(argument: bytes, mm: Run, mon
     assert argument.decode("utf-8", "backslashreplace") in ran.err
 
 
+@pytest.mark.parametrize(("argument", "starts"), [("你好".encode(), 1), (b"\xff\xfe", 0), (b"hello", 0)])
+def test_utf_8_in_a_c_locale_is_read_in_utf_8_mode(
+    argument: bytes, starts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[list[str]] = []
+    word = argument.decode("ascii", "surrogateescape")
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    monkeypatch.setattr(sys, "argv", ["mm", "chat", word])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "cli", "chat", word])
+    monkeypatch.setattr(os, "execv", lambda _, words: begun.append(words))
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    terminal.take_arguments_as_utf8()
+    assert begun == [[sys.executable, "-X", "utf8", "-m", "cli", "chat", word]] * starts
+    assert os.environ["PYTHONUTF8"] == str(starts)
+
+
 def test_the_path_of_a_file_may_be_any_bytes(tmp_path: Path, mm: Run) -> None:
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")
     Path(path).write_text('{"text": "a"}\n')

@@ -559,8 +559,12 @@ def test_the_reason_of_a_failed_connection_to_ray_is_said(
     ray = SimpleNamespace(is_initialized=lambda: False, init=init, exceptions=exceptions)
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setitem(sys.modules, "ray.exceptions", exceptions)
-    with pytest.raises(MMError, match=r"cannot connect to ray at there:6379: the cluster wants a token"):
-        pack_to(engine="ray", ray_address="there:6379")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = "127.0.0.1:{1}".format(*server.getsockname())
+        with pytest.raises(MMError, match=f"cannot connect to ray at {address}: the cluster wants a token"):
+            pack_to(engine="ray", ray_address=address)
+    with pytest.raises(MMError, match=f"cannot connect to ray at {address}: .*refused"):  # ray is not asked
+        pack_to(engine="ray", ray_address=address)
 
 
 RAY = """

@@ -91,6 +91,8 @@ def pack(
     if plan:
         print_plan(paths, bool(out), options, as_json)
         return
+    if options.ray_address:
+        say(f"connecting to ray at {options.ray_address}")
     paths = [kept_stdin(directory, options.text) if str(path) == "-" else path for path in paths]
     names = [] if directory else dataset_names(paths)
     jobs = [(paths, directory)] if directory else [([path], SHARDS_DIR / names[i]) for i, path in enumerate(paths)]

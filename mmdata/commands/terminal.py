@@ -467,3 +467,16 @@ def replace_unknown_characters() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def take_arguments_as_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode if its arguments are UTF-8 and Python has read them as something
+    else, as in a C locale with that mode switched off."""
+    words = sys.argv[1:]
+    if sys.getfilesystemencoding() == "utf-8" or not any("\ud800" <= c <= "\udfff" for word in words for c in word):
+        return
+    with suppress(UnicodeDecodeError):
+        for word in words:
+            os.fsencode(word).decode()
+        os.environ["PYTHONUTF8"] = "1"  # for processes that are started from here
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])

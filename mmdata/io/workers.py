@@ -36,6 +36,7 @@ LARGE_BYTES = 2**30  # that one process reads in about a second: less is not wor
 ENGINES = ("local", "ray")
 RAY_TASKS = 200  # that are begun and not done at most, or 4 for each core of the cluster if that is more
 REPORT_S = 1.0  # of a ray task, between two reports of its counts
+CONNECT_S = 10.0  # until a host that does not answer is given up
 RAY_RETRIES = 2  # of a job whose machine or process died; an exception of the job itself is not retried
 
 
@@ -221,6 +222,7 @@ def _run_on_ray(
     if is_ours:
         options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
         try:
+            _check_listening(address or "")
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             place = f"at {address}" if address else "on this machine"
@@ -237,6 +239,13 @@ def _run_on_ray(
     finally:
         if is_ours:
             ray.shutdown()
+
+
+def _check_listening(address: str) -> None:
+    """Raise OSError if nothing listens at an address HOST:PORT or ray://HOST:PORT, for which ray would wait a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
 
 
 def _gather(

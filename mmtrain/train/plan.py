@@ -100,7 +100,7 @@ def make_plan(options: TrainOptions, world: World) -> TrainPlan:
         raise UsageError(f"stage {options.stage} is unknown", f"use one of {', '.join(STAGES)}")
     stage = STAGES[options.stage]
     trackers.check(options.trackers)
-    resumed = _find_resumed(options)
+    resumed = _find_resumed(options, world)
     datasets, weights = _open_data(options, resumed)
     start = _find_start(options, stage, resumed, datasets)
     settings, origins = resolve(
@@ -271,7 +271,7 @@ def check_free(out: Path) -> None:
         raise UsageError(f"{out} already holds a run", "add --resume to go on, or choose another --out")
 
 
-def _find_resumed(options: TrainOptions) -> Checkpoint | None:
+def _find_resumed(options: TrainOptions, world: World) -> Checkpoint | None:
     """Return the newest undamaged checkpoint of the run --out if it is to be resumed; None for a new run, and for a run
     without any checkpoint. Raises UsageError if --out is a run and --resume is missing, or --init is given too;
     CheckpointError if --out is not a run, of another stage, or has only damaged checkpoints."""
@@ -279,7 +279,9 @@ def _find_resumed(options: TrainOptions) -> Checkpoint | None:
         if options.resume:
             runs = sorted(str(path.parent) for path in options.out.parent.glob(f"*/{RUN}"))
             there = f"there is {', '.join(runs)}" if runs else f"there is none under {options.out.parent}/"
-            raise CheckpointError(f"{options.out}: no such run", f"{there}; leave --resume out to start one")
+            shared = "; all machines need the run's directory, under the same path"
+            fix = f"{there}{shared if world.size > 1 else '; leave --resume out to start one'}"
+            raise CheckpointError(f"{options.out}: no such run", fix)
         return None
     if not options.resume:
         check_free(options.out)

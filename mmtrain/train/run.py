@@ -1,6 +1,7 @@
 """Start a planned run: make its directory, model, optimizer, log and run.json, and print a few lines about the run."""
 
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmdata.encode.template import Template
-from mmdata.io.files import alone
+from mmdata.io.files import alone, write_bytes
 from mmdata.io.records import write_record
 from mmdata.shards.dataset import Dataset
 from mmdata.shards.loader import MicroBatch
@@ -61,7 +62,12 @@ def facts_of(plan: TrainPlan) -> dict[str, object]:
         "data": [loader.digest for loader in loaders if loader],
         "step": plan.start.step,
         "weights": [sorted((name, file.sha256) for name, file in files.items()) for files in sources],
-        "settings": (plan.stage.name, settings, plan.num_steps, plan.shape),
+        "settings": {
+            "stage": plan.stage.name,
+            **settings,
+            "steps in all": plan.num_steps,
+            **{f"shape {name}": value for name, value in asdict(plan.shape).items()},
+        },
         "code": code.hexdigest(),
     }
 
@@ -174,6 +180,7 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console
     plan, model, needs, notes = _build(plan, options, world, console)
     out, settings, resumed = plan.out, plan.settings, plan.start.resumed
     world.agree_on(lambda: _make_directory(plan, options, tokenizer, held) if world.is_first else None)
+    notes += _unseen_notes(out, world)
     if plan.is_pairs and (plan.start.record is None or plan.start.growth):
         plan = _with_digest(plan, model)
     if settings.lora:
@@ -225,6 +232,24 @@ def _make_directory(plan: TrainPlan, options: TrainOptions, tokenizer: Tokenizer
         check_free(plan.out)
     tokenizer.save(plan.out / "tokenizer")
     (plan.out / STOP_FILE).unlink(missing_ok=True)
+
+
+def _unseen_notes(out: Path, world: World) -> list[str]:
+    """Return a note if ranks on other nodes do not see the directory of the run that the first rank has made. Every rank
+    must call this."""
+    if distributed.ranks_here(world) == world.size:
+        return []
+    mark = f".{out.name}.rank-0-"
+    number = int.from_bytes(os.urandom(7)) if world.is_first else 0
+    if world.is_first:
+        write_bytes(out.parent / f"{mark}{number}", b"")
+    (number,) = world.gather(number)[0]
+    seen = world.gather((out.parent / f"{mark}{number}").exists())
+    if world.is_first:
+        (out.parent / f"{mark}{number}").unlink()
+    unseen = ", ".join(str(rank) for rank, (is_seen,) in enumerate(seen) if not is_seen)
+    what = f"the machines of ranks {unseen} do not see {out}, which rank 0 writes"
+    return [f"note: {what}: to resume the run, they need it too, under the same path"] if unseen else []
 
 
 def _open_logs(
