@@ -16,7 +16,7 @@ from properties import examples
 
 from mmdata.commands.show import show_file
 from mmdata.encode.encoder import RowEncoder
-from mmdata.encode.rows import EARLIER_REASONING, TOOL_REFERENCES, Conversation, Message, Pair, parse_row
+from mmdata.encode.rows import EARLIER_REASONING, TOOL_REFERENCES, BadRow, Conversation, Message, Pair, parse_row
 from mmdata.encode.sequences import PairSequence, TokenSequence, is_equal
 from mmdata.encode.template import Template
 from mmdata.encode.template.losses import Loss
@@ -163,6 +163,36 @@ def test_a_content_that_is_written_twice_or_out_of_its_place_is_refused(text: st
         assert "once, in order" in error.message
     else:
         assert encoded.bad[0].reason == "template cannot be cut"
+
+
+WITH_REASONING = LOOP.replace("{{ m.content }}", "{{ m.reasoning_content or '' }}{{ m.content }}")
+TWICE = {  # what is written twice, or out of its place: a template, and a conversation
+    "reasoning": (
+        WITH_REASONING.replace("{{ m.content }}", "{{ m.content }}{{ m.reasoning_content or '' }}"),
+        row(ASK, {**TELL, "reasoning_content": "Why"}),
+    ),
+    "the reasoning of all answers first": (
+        "{% for m in messages %}{{ m.reasoning_content or '' }}{% endfor %}" + LOOP,
+        row(*[ASK, {**TELL, "reasoning_content": "Tell"}] * 2),
+    ),
+    "arguments": (
+        WITH_CALLS.replace("{{ c.function.name }}", "{{ c.function.arguments | tojson }}{{ c.function.name }}"),
+        row(ASK, called(("x", "f")), given_by("x"), TELL),
+    ),
+    "a system message": (
+        LOOP.replace("{{ m.content }}", "{{ messages[0].content if messages[0].role == 'system' and not loop.first }}{{ m.content }}"),
+        row({"role": "system", "content": "Ask"}, ASK, TELL),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_no_part_of_a_message_is_written_twice_or_out_of_its_place(case: str) -> None:
+    """Texts that are equal to another, or part of it, are told apart."""
+    text, conversation = TWICE[case]
+    with pytest.raises(BadRow, match="is written twice, or out of its place"):
+        template(text).segments(conversation)
+    assert template(WITH_REASONING.replace("<|im_end|>", CALLS + "<|im_end|>")).segments(conversation)
 
 
 TEXT = st.text(st.sampled_from("ab <>/|é\n{}\"'\\"), max_size=9)

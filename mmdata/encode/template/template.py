@@ -359,14 +359,20 @@ class Template:
 
     @staticmethod
     def _check_places(messages: Sequence[Message], rendering: Rendering) -> None:
-        """Raise BadRow if a content, other than of system messages, is written twice or before that of another one."""
-        place = (-1, 0)
+        """Raise BadRow if a part of a message is written twice, or before a message that comes earlier. System messages
+        may be anywhere; names and ids may be repeated, as that of a called function before the tool's answer."""
+        place, shown = 0, dict[SourceText, int]()
         for _, _, source, first, last in rendering.origins:
-            if source.field == "content" and messages[source.message].role != "system":
-                if (source.message, first) < place:
-                    detail = f"message {source.message + 1} is written twice, or out of its place"
-                    raise BadRow("template cannot be cut", detail)
-                place = (source.message, last)
+            is_name = source.field in ("name", "tool_call_id") or (
+                source.field == "tool_calls" and "arguments" not in source.path
+            )
+            if source.message < 0 or is_name:
+                continue
+            is_moved = source.message < place and messages[source.message].role != "system"
+            if is_moved or first < shown.get(source, 0):
+                detail = f"message {source.message + 1} is written twice, or out of its place"
+                raise BadRow("template cannot be cut", detail)
+            place, shown[source] = max(place, source.message), last
 
     def _check_content_stays_plain(self, conversation: Conversation, text: str) -> None:
         """Raise BadRow if control tokens that the template wrote cannot be told from special-token strings in the
