@@ -162,7 +162,14 @@ PUBLISHED: dict[str, list[tuple[Any, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("row", "expected"), [case for cases in PUBLISHED.values() for case in cases])
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        pytest.param(*case, id=f"{schema} {n}{' with history' * ('history' in case[0])}")
+        for schema, cases in PUBLISHED.items()
+        for n, case in enumerate(cases)
+    ],
+)
 def test_a_row_of_a_published_schema_is_read_as_what_it_is(row: Any, expected: Any) -> None:
     found = parse_row(json.dumps(row).encode())
     assert found == expected

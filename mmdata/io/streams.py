@@ -194,6 +194,8 @@ def _only_member(path: Path, file: Any) -> tuple[str, Any]:
     archive = zipfile.ZipFile(file)
     members = [m for m in archive.infolist() if not m.is_dir() and not m.filename.startswith("__MACOSX/")]
     members = [m for m in members if not m.filename.rpartition("/")[2].startswith(".")]
+    if "xl/workbook.xml" in archive.namelist():
+        raise InputError(f"{path} is an Excel workbook", "save its sheet as csv (UTF-8)")
     if len(members) != 1:
         names = ", ".join(member.filename for member in members[:5]) + (", …" if len(members) > 5 else "")
         unpack = f"unzip {shlex.quote(str(path))} -d DIR, then name the files that you want"

@@ -54,7 +54,9 @@ def load_strictly(raw: bytes) -> Any:
         raise BadRow("not json", "nested too deep") from None
     except BadRow:
         raise
-    except ValueError as error:  # JSONDecodeError, NaN, or an integer with too many digits
+    except json.JSONDecodeError as error:
+        raise BadRow("not json", f"{error.msg.removesuffix(' at')}, at character {error.pos + 1:,}") from None
+    except ValueError as error:  # NaN, or an integer with too many digits
         raise BadRow("not json", str(error)[:200]) from None
     if b"\\u" in raw and _SURROGATE.search(raw):
         try:

@@ -149,14 +149,14 @@ class MessageReader:
         weight = 1 if _WEIGHTS.keys().isdisjoint(found) else _weight(item, found, number)
         return Message(ROLES[name], content, reasoning, calls or (), speaker, call_id, weight)
 
-    def _content(self, value: Any, number: int) -> str:
+    def _content(self, value: Any, where: int | str) -> str:
         """Return a content as text: a string, null (empty), a text part, or a list of strings and text parts, joined.
-        Raises BadRow otherwise."""
+        where: the number of its message, or its column, for errors. Raises BadRow otherwise."""
         if type(value) is str:
             return value
         if value is None:
             return ""
-        where = f"message {number}: content"
+        where = f"message {where}: content" if isinstance(where, int) else where
         if type(value) is dict and "text" in value:
             value = [value]
         if type(value) is not list:

@@ -1,5 +1,6 @@
 """Parsing of lines to rows, and the kind of a file."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -9,7 +10,7 @@ from typing import Any
 from mmdata.encode.rows.load import json_type, load
 from mmdata.encode.rows.messages import EMPTY, MessageReader, Messages, is_transcript, joined, objects_of
 from mmdata.encode.rows.reasons import REASONS, BadRow
-from mmdata.encode.rows.row import Conversation, Document, Message, Pair, Row, texts_of
+from mmdata.encode.rows.row import Conversation, Document, Message, Pair, Row, split_documents
 from mmdata.encode.rows.schemas import DEFAULT_COLUMNS, MEDIA, ROW_FIELDS, Columns, describe
 from mmdata.errors import InputError
 from mmdata.io.lines import Line, iter_lines, unit_of
@@ -17,7 +18,7 @@ from mmdata.io.options import DEFAULT_READING, ReadOptions
 from mmdata.io.records import JsonObject
 
 PLACEHOLDER = "无"  # the last answer in MiniMind's rlaif files (prompts for reinforcement learning)
-_VERDICTS = ("label", "kto_tag")  # columns that are false beside an answer that a model should not give
+_VERDICTS = ("label", "kto_tag")  # columns that are false, or 0, beside an answer that a model should not give
 LOOK_AT = 100  # number of lines at the beginning of a file from which its kind is determined
 
 
@@ -157,32 +158,39 @@ def _check_others(values: JsonObject, others: Iterable[str], kind: str) -> None:
 
 
 def _count_ignored(values: JsonObject, keys: Iterable[str], columns: Columns, row: Row, counts: Counter[str]) -> None:
-    """Count the keys that say something else than the row. A column that could hold a field is not ignored if its
-    strings are all in the row's texts, as `prompt` is that repeats the first message."""
-    texts = None
+    """Count the keys that say something else than the row. A column that could hold a field is not ignored if each of
+    its strings is a whole string of the row, as `prompt` is that repeats the first message."""
+    own: Counter[str] = Counter()
     for key in keys:
         value = values[key]
         if type(value) is not int and value in EMPTY:
             continue
         if columns.known(key) and not isinstance(value, int | float):
-            texts = texts or list(texts_of(row))
-            if all(any(said in text for text in texts) for said in _strings(value)):
+            own = own or Counter(_strings(row))
+            if Counter(_strings(value)) <= own:
                 continue
         counts[key] += 1
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yield the strings in a JSON value that are not blank, without white space around them, and without roles."""
+    """Yield the strings in a row, or in a JSON value, that are not blank, without white space around them, and without
+    roles. What both sides of a pair share is yielded once."""
+    if isinstance(value, Document):
+        value = split_documents(value.text)
+    elif isinstance(value, Pair):
+        value = (value.chosen, Conversation(value.rejected.messages[value.num_shared :]))
+    elif isinstance(value, Conversation):
+        value = (*value.messages, value.tools)
+    elif isinstance(value, Message):
+        value = value[1:]
+    elif type(value) is dict:
+        value = [item for key, item in value.items() if key not in ("role", "from")]
     if type(value) is str:
         if said := value.strip():
             yield said
-    elif type(value) is list:
+    elif isinstance(value, list | tuple):
         for item in value:
             yield from _strings(item)
-    elif type(value) is dict:
-        for key, item in value.items():
-            if key not in ("role", "from"):
-                yield from _strings(item)
 
 
 class _Dialogue(MessageReader):
@@ -198,8 +206,9 @@ class _Dialogue(MessageReader):
         """Return the conversation in the messages, or in a prompt and its completion. Raises BadRow if it is invalid or
         ends with a placeholder."""
         for key in _VERDICTS:
-            if str(self._values.get(key)).lower() == "false" and key not in self._found.values():
-                raise BadRow("unwanted answer", f"`{key}` is false")
+            value = self._values.get(key)
+            if str(value).lower() in ("false", "0", "0.0") and key not in self._found.values():
+                raise BadRow("unwanted answer", f"`{key}` is {json.dumps(value)}")
         if is_prompted:
             messages, tools = self._context()
             reply, reply_tools = self._field("completion", "assistant")
@@ -284,9 +293,7 @@ class _Dialogue(MessageReader):
         BadRow if a field has a wrong type."""
         values, found = self._values, self._found
         if column := found.get("system"):
-            system = values[column]
-            if type(system) is not str:
-                raise BadRow("wrong types", f"{column}: found {json_type(system)}, expected a string")
+            system = self._content(values[column], column)
             if system and messages[0].role != "system":
                 messages = (Message("system", system), *messages)
                 self.used.add("system")

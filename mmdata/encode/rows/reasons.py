@@ -7,7 +7,7 @@ from mmdata.errors import InputError
 _KEEP_LOST = "use another template, or --on-lost warn to pack such rows without it"
 REASONS = {  # reason why a row is left out -> explanation and remedy, shown to the user
     "bad UTF-8": "the line is not UTF-8 text; save the file as UTF-8, or name its encoding: --encoding NAME",
-    "not json": "the line is not one JSON value; look for a cut line, a missing comma or quote",
+    "not json": "the line is not one JSON value; look for a cut line, a missing comma or quote; several values on a line: jq -c . FILE > NEW.jsonl",
     "repeated key": "an object gives one key two values, of which readers take the last; fix the program that wrote the file",
     "not an object": 'a row is a JSON object such as {"text": "…"}, or a list of messages',
     "lone surrogate": r"half of an escape pair such as \ud83d\ude00 stands alone; fix the program that wrote the file",
@@ -15,7 +15,7 @@ REASONS = {  # reason why a row is left out -> explanation and remedy, shown to 
     "missing field": "a field of the schema is missing: name the column that holds it, as in --map rejected=worse",
     "another kind": "the file's other rows are of another kind; keep each kind in its own file, or take one with --kind",
     "prompt only": "the row has a prompt without an answer (data for reinforcement learning); mm packs answered rows",
-    "unwanted answer": "`label` (or `kto_tag`) is false: the answer is one that a model should not give (as in data for KTO)",
+    "unwanted answer": "`label` (or `kto_tag`) is false or 0, which marks an answer that a model should not give (as in data for KTO); if it says something else, rename it",
     "wrong types": "a field is not of the type its schema names",
     "content is not text": "mm trains on text only, not on images, audio or video",
     "unusable weight": "`weight`, `train` or `loss` of a message is 1 or true (trained), or 0 or false (not trained)",

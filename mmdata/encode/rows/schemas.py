@@ -123,7 +123,11 @@ class Columns:
         if "input" in found and "prompt" not in found:
             found["prompt"] = found.pop("input")
         is_known = bool(found)
-        if not found and "text" not in self.mapping and not any(map(_holds_rows, values.values())):
+        if (
+            not found
+            and "text" not in self.mapping
+            and not any(_holds_rows(key, value) for key, value in values.items())
+        ):
             texts = [column for column in others if type(values[column]) is str and not is_metadata(column)]
             if len(texts) == 1:
                 found["text"] = texts[0]
@@ -264,16 +268,17 @@ def describe(values: JsonObject, bad: BadRow, columns: Columns = DEFAULT_COLUMNS
     except BadRow as none:
         schema, lacks = columns.nearest(values)
         options = " ".join(f"--map {name}=COLUMN" for name in lacks)
-        lists = [key for key, value in values.items() if _holds_rows(value)]
-        inside = f"; if `{lists[0]}` holds the rows: jq -c '.{lists[0]}[]' FILE > NEW.jsonl" if len(lists) == 1 else ""
+        held = [f"{key}[]" if type(value) is list else key for key, value in values.items() if _holds_rows(key, value)]
+        inside = f"; if the rows are inside: jq -c '.{held[0]}' FILE > NEW.jsonl" if len(held) == 1 else ""
         near = f"the nearest schema is {schema.name} and lacks {_listed(lacks)} ({options})"
         return f"{none.reason}; {fields}; {near}{inside}"
     return f"{bad}; {fields}"
 
 
-def _holds_rows(value: Any) -> bool:
-    """Return whether a value is a list of objects, as messages and rows are."""
-    return type(value) is list and bool(value) and type(value[0]) is dict
+def _holds_rows(key: str, value: Any) -> bool:
+    """Return whether a column is a list of objects, as messages and rows are, or an object that is no metadata."""
+    is_list = type(value) is list and bool(value) and type(value[0]) is dict
+    return is_list or (type(value) is dict and bool(value) and not is_metadata(key))
 
 
 def _listed(names: Iterable[Any]) -> str:
