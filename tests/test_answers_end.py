@@ -38,11 +38,11 @@ def trained_run(root: Path, name: str, steps: int = 120) -> Path:
     chosen = PackOptions(tokenizer=endings.directory(name), max_len=64, val_fraction=0, workers=1, end_of_turn=token)
     pack([root / "rows.jsonl"], root / "data", chosen)
     options = TrainOptions(
-        "sft", (root / "data",), root / "run", model="tiny", steps=steps, lr=1e-2, batch_tokens=256, device="cpu", quiet=True,
+        "sft", (root / "data",), root / name, model="tiny", steps=steps, lr=1e-2, batch_tokens=256, device="cpu", quiet=True,
         report=False, samples=False,
     )  # fmt: skip
     train(options)
-    return root / "run"
+    return root / name
 
 
 def chat_answers(run: Path) -> dict[str, tuple[str, int]]:
@@ -102,18 +102,20 @@ def transformers_answers(directory: Path) -> dict[str, tuple[str, int]]:
     return found
 
 
-def llama_cpp_answers(file: Path) -> dict[str, tuple[str, int]]:
-    """As `chat_answers`, of llama.cpp."""
-    import llama_cpp  # pyright: ignore[reportMissingImports]
+def llama_cpp_answers(file: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """The texts of the answers of llama.cpp, with the prompts of its own template and the stop texts of the Modelfile."""
+    import xllamacpp
 
-    model = llama_cpp.Llama(str(file), n_ctx=256, n_threads=1, verbose=False)
-    found = {}
+    options = xllamacpp.CommonParams()
+    options.model.path, options.n_ctx, options.n_parallel, options.cpuparams.n_threads = str(file), 256, 1, 1
+    options.verbosity, options.use_jinja, options.force_pure_content_parser = -1, True, True
+    server, found = xllamacpp.Server(options), {}
+    more = {"temperature": 0, "max_tokens": MOST, "stop": list(ending_of(tokenizer).texts)}
     for question in ANSWERS:
-        messages = [{"role": "user", "content": question}]
-        reply: Any = model.create_chat_completion(messages, temperature=0.0, max_tokens=MOST)  # type: ignore[arg-type]
+        reply = server.handle_chat_completions({"messages": [{"role": "user", "content": question}], **more})
         (choice,) = reply["choices"]
-        assert choice["finish_reason"] == "stop"
-        found[question] = (choice["message"]["content"], reply["usage"]["completion_tokens"])
+        assert choice["finish_reason"] == "stop", reply
+        found[question] = choice["message"]["content"]
     return found
 
 
@@ -123,11 +125,15 @@ def test_a_model_learns_in_few_steps_to_end_its_answers(tmp_path: Path) -> None:
     assert served_answers(run) == answers and all(text.startswith("It is ") for text, _ in answers.values())
 
 
+@pytest.fixture(scope="module", params=endings.KINDS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each tokenizer. Its directory's name is that of the tokenizer."""
+    return trained_run(tmp_path_factory.mktemp("runs"), request.param)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", endings.KINDS)
-def test_an_answer_ends_at_the_same_place_everywhere(name: str, tmp_path: Path) -> None:
-    run = trained_run(tmp_path, name)
-    answers = chat_answers(run)
+def test_an_answer_ends_at_the_same_place_everywhere(run: Path, tmp_path: Path) -> None:
+    name, answers = run.name, chat_answers(run)
     written = {"channels": "<|channel|>final<|message|>", "mistral": " "}.get(
         name, ""
     )  # by the model, before the answer
@@ -137,6 +143,15 @@ def test_an_answer_ends_at_the_same_place_everywhere(name: str, tmp_path: Path) 
     assert transformers_answers(tmp_path / "hf") == answers
     import_model(tmp_path / "hf", tmp_path / "again")
     assert chat_answers(tmp_path / "again") == answers
-    export(run, tmp_path / "gguf", format="gguf")
-    if importlib.util.find_spec("llama_cpp"):
-        assert llama_cpp_answers(tmp_path / "gguf" / "run-f32.gguf") == answers
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not importlib.util.find_spec("xllamacpp"), reason="llama.cpp is not installed: pip install xllamacpp"
+)
+def test_llama_cpp_ends_an_answer_at_the_same_place(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path, format="gguf")
+    assert llama_cpp_answers(tmp_path / f"{run.name}-f32.gguf", open_model(run)[1]) == {
+        question: text.strip()
+        for question, (text, _) in chat_answers(run).items()  # it strips them
+    }

@@ -207,27 +207,23 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         assert fix in str(caught.value.fix)
 
 
-def test_git_lfs_pointers_are_named_with_the_command_that_fetches_the_file(tmp_path: Path) -> None:
-    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 104857600\n"
-    (tmp_path / "pointer.pth").write_text(pointer)
-    directory = hf(tmp_path / "hf")
-    (directory / "model.safetensors").write_text(pointer)
-    sharded = hf(tmp_path / "sharded")
-    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
-    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    (sharded / "model.safetensors").unlink()
-    (sharded / "model-00001-of-00001.safetensors").write_text(pointer)
-    make_tokenizer(tmp_path / "tokenizer")
-    (tmp_path / "tokenizer" / "tokenizer.json").write_text(pointer)
-    for reader, path, file in (
-        (read, tmp_path / "pointer.pth", "pointer.pth"),
-        (read, directory, "model.safetensors"),
-        (read, sharded, "model-00001-of-00001.safetensors"),
-        (Tokenizer.load, tmp_path / "tokenizer", "tokenizer.json"),
-    ):
-        with pytest.raises((CheckpointError, TokenizerError), match=f"{file} is a Git LFS pointer") as caught:
-            reader(path)
-        assert f"lfs pull --include {file}" in str(caught.value.fix)
+@pytest.mark.parametrize(
+    "file", ["pointer.pth", "model.safetensors", "model-00001-of-00001.safetensors", "tokenizer.json"]
+)
+def test_git_lfs_pointers_are_named_with_the_command_that_fetches_the_file(file: str, tmp_path: Path) -> None:
+    path = tmp_path / file
+    if file.endswith("safetensors"):
+        path = hf(tmp_path / "hf") / file
+        if "-of-" in file:
+            (path.parent / "model.safetensors").unlink()
+            index = {"weight_map": {"model.norm.weight": file}}
+            (path.parent / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif file == "tokenizer.json":
+        make_tokenizer(tmp_path)
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 104857600\n")
+    with pytest.raises((CheckpointError, TokenizerError), match=f"{file} is a Git LFS pointer") as caught:
+        (Tokenizer.load if file == "tokenizer.json" else read)(path if file.endswith("pth") else path.parent)
+    assert f"lfs pull --include {file}" in str(caught.value.fix)
 
 
 def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:

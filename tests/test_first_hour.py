@@ -132,17 +132,21 @@ def test_what_helps_does(line: str, helps: str, home: Path, runs: Path, data: Da
     fine(mm(helps + (QUICK["train"] if helps.startswith("train") and "--resume" not in helps else "")))
 
 
-def test_a_bare_name_is_looked_up_under_shards_and_a_mistyped_run_is_refused(
-    home: Path, runs: Path, data: Data, mm: Run
-) -> None:
+def test_a_bare_name_is_looked_up_under_shards(home: Path, runs: Path, data: Data, mm: Run) -> None:
     shutil.copytree(data.sft, home / "shards/sft_512")
     shutil.copytree(runs / "sft", home / "runs/sft-1")
     fine(mm("eval runs/sft-1 --data sft_512"))
     fine(mm("train sft --data sft_512 --plan"))
     refused(mm("train sft --data none"), "none: no such dataset", "there is shards/sft_512\n")
-    for stage, name in (("sft", "sft-9"), ("pretrain", "sft_1"), ("dpo", "sft-1x"), ("sft", "SFT-1")):
-        refused(mm(f"train {stage} --resume --out runs/{name}"), f"runs/{name}: no such run", "there is runs/sft-1;")
-        assert not (home / "runs" / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"), [("sft", "sft-9"), ("pretrain", "sft_1"), ("dpo", "sft-1x"), ("sft", "SFT-1")]
+)
+def test_a_mistyped_run_is_refused(stage: str, name: str, home: Path, runs: Path, mm: Run) -> None:
+    shutil.copytree(runs / "sft", home / "runs/sft-1")
+    refused(mm(f"train {stage} --resume --out runs/{name}"), f"runs/{name}: no such run", "there is runs/sft-1;")
+    assert not (home / "runs" / name).exists()
 
 
 # --- help

@@ -336,6 +336,13 @@ IGNORED: list[tuple[Any, dict[str, int]]] = [
     ({"text": "a", "prompt": "Write."}, {"prompt": 1}),
     ({"prompt": "Hi", "messages": [USER, ANSWER]}, {}),  # it is said in the messages
     ({"prompt": "Bye", "messages": [USER, ANSWER]}, {"prompt": 1}),
+    ({"prompt": "H", "messages": [USER, ANSWER]}, {"prompt": 1}),  # a part of a message is not the message
+    ({"problem": "6 * 7?", "solution": "It is 42.", "answer": "42"}, {"solution": 1}),
+    ({"prompt": "Hi", "messages": [USER, {**ANSWER, "content": "Hi"}], "completion": "Hi"}, {}),
+    ({"history": [["Hi", "Hi"]], "messages": [USER, ANSWER], "instruction": "Hi"}, {}),
+    ({"messages": [USER, ANSWER], "chosen": ["Hi", "Hi"]}, {"chosen": 1}),  # said twice here, and once there
+    ({"messages": [USER, ANSWER], "tools": [TOOL], "functions": [{"name": "temp"}]}, {}),
+    ({"messages": [USER, ANSWER], "tools": [TOOL], "functions": [{"name": "tem"}]}, {"functions": 1}),
     ({"prompt": "Hi", "instruction": "Hi", "completion": "Hello"}, {}),
     ({"prompt": "Hi", "instruction": "Bye", "completion": "Hello", "answer": 5}, {"instruction": 1, "answer": 1}),
     ({"system": "Be kind.", "messages": [said("system", "Be brief."), USER, ANSWER]}, {"system": 1}),
