@@ -11,6 +11,7 @@ from command_line import Run, fine, refused
 from fakehub import FakeHub
 
 import cli
+from mmtrain.commands.project.doctor import driver
 
 
 def found(out: str) -> dict[str, dict[str, str]]:
@@ -29,6 +30,18 @@ def test_a_machine_in_order_needs_no_mending(home: Path, mm: Run, monkeypatch: p
     assert "nothing needs mending" in shown.err and hub.url in shown.out
     assert {"mm", "Python", "torch", "disk", "memory", "endpoint", "optional packages"} <= findings.keys()
     assert not any(each["advice"] for each in findings.values())
+
+
+@pytest.mark.parametrize(("script", "value"), [("echo 570.86.15", "570.86.15"), ("exit 9", "does not answer")])
+def test_the_driver_is_named(script: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (fact,) = driver()
+    assert fact.value == value and bool(fact.advice) == (value == "does not answer")
+    monkeypatch.setenv("PATH", "")
+    assert not [*driver()]
 
 
 def test_every_problem_has_a_line_of_advice(home: Path, mm: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -34,7 +36,7 @@ def doctor(as_json: Json = False) -> None:
 
     Example: mm doctor
     """
-    findings = [found for check in (python, accelerator, space, endpoint, extras) for found in check()]
+    findings = [found for check in (python, accelerator, driver, space, endpoint, extras) for found in check()]
     problems = [found for found in findings if found.advice]
     if as_json:
         print_json(findings)
@@ -81,6 +83,18 @@ def accelerator() -> Iterator[MachineFact]:
         yield MachineFact("GPU", f"there is one that torch {torch.__version__} does not see", advice)
     else:
         yield MachineFact("GPU", f"none: training on {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
+
+
+def driver() -> Iterator[MachineFact]:
+    """Yield the version of NVIDIA's driver; nothing where it is not installed."""
+    if program := shutil.which("nvidia-smi"):
+        command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+        version = ""
+        with suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+            version = done.stdout.partition("\n")[0].strip() if done.returncode == 0 else ""
+        advice = "" if version else "nvidia-smi fails: restart the machine, or install the driver again"
+        yield MachineFact("driver", version or "does not answer", advice)
 
 
 def space() -> Iterator[MachineFact]:
