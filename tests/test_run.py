@@ -183,6 +183,22 @@ def test_the_report_names_stages_that_could_not_be_evaluated(tiny: Path) -> None
 # --- execution
 
 
+def test_another_node_says_what_it_waits_for_and_goes_on_after_a_failed_evaluation(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    course = read_recipe(tiny / "tiny.toml", GROUP)
+    step = next(each for each in course.steps if each.name == "train.sft/eval")
+    first, other = (runner.Runner(course, tiny, tiny / "courses/tiny", rank=rank) for rank in (0, 1))
+
+    def fail(_: float) -> None:
+        first.record.steps[step.name] = StepRecord(key="", status=runner.FAILED)
+        first.write()
+
+    monkeypatch.setattr(runner.time, "sleep", fail)
+    assert other.run([step]) == 0
+    assert "train.sft/eval: rank 0 does it; every machine must see its record" in capsys.readouterr().err
+
+
 def test_a_step_is_done_once_and_again_when_its_input_changes(
     tiny: Path, mm: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

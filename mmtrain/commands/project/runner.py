@@ -176,14 +176,24 @@ class Runner:
             if self.is_done(step) and (self.rank or step.command != ("fetch",)):
                 say(f"{step.name}: done before")
             elif self.rank and step.command != ("train",):
-                while not self.is_done(step):  # by the first rank; torchrun ends this process if that one fails
-                    time.sleep(WAIT_S)
-                    self.record = self.read()
+                self._wait_for(step)
             elif code := self._execute(step, number):
                 if step.name == step.base:
                     return code
                 say(f"note: {step.name} failed; the report goes without it")
         return 0
+
+    def _wait_for(self, step: Step) -> None:
+        """Wait until the first rank has done a step, or failed in one that ends nothing; torchrun ends this process if that
+        one fails in another."""
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # on another node
+            say(f"{step.name}: rank 0 does it; every machine must see its record, {self.out / COURSE}")
+        while not self.is_done(step):
+            known = self.record.steps.get(step.name)
+            if step.name != step.base and known is not None and known.status == FAILED:
+                return
+            time.sleep(WAIT_S)
+            self.record = self.read()
 
     def _execute(self, step: Step, number: int) -> int:
         """Execute one step and record it; return its exit code."""
