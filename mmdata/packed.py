@@ -50,7 +50,7 @@ class PackedSplit:
         self.split = split
         self.kind = self.dataset.kind
         self.tokenizer_dir = self.dataset.tokenizer_dir
-        self._shards = [shard for shard in self.dataset.manifest.shards if shard.split == split]
+        self._shards = self.dataset.shards(split)
 
     def __len__(self) -> int:
         """The number of samples: packs or pairs."""
@@ -99,7 +99,7 @@ class PackedSplit:
         file, line: where it came from. *_ids: token ids. *labels: the same, IGNORED where a token is not trained on.
         """
         for shard in self._shards:
-            ordinals, sequences = read_back(self.dataset.open_shard(shard), self.kind)
+            ordinals, sequences = read_back(self.dataset.open_shard(*shard.key), self.kind)
             sources = open_sources(self.dataset, shard.part)
             rows = np.searchsorted(sources["first"], ordinals, side="right") - 1
             columns = [pa.array(self.dataset.inputs).take(pa.array(sources["file"][rows])), sources["line"][rows]]

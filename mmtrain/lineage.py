@@ -14,7 +14,7 @@ from mmdata.hub.lockfile import read_lock
 from mmdata.io.files import sha256_of
 from mmdata.io.records import JsonObject, read_record
 from mmdata.shards.dataset import CARD
-from mmdata.shards.manifest import MANIFEST, Manifest, is_unfinished, read_manifest
+from mmdata.shards.manifest import MANIFEST, Manifest, Parts, is_unfinished, read_manifest
 from mmtrain.records import RUN, CheckpointState, RunRecord, newest_state, read_run
 
 EXPORT = "export.json"
@@ -147,7 +147,7 @@ def _dataset(path: Path, name: str, digest: str, is_checked: bool) -> LineageNod
     }
     state = ""
     if is_checked:
-        states = [_state(path / each.path, each.sha256, True) for each in manifest.all_files]
+        states = [_state(path / each.path, each.sha256, True) for each in Parts(path, manifest).files]
         state = _worst(states)
     sources = [_file(path, each.path, each.sha256, each.bytes, is_checked) for each in manifest.inputs]
     about = {"template": tokenizer.template_sha256, "vocabulary": tokenizer.vocab_size, **_source(path, manifest)}

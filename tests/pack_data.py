@@ -75,3 +75,26 @@ def pack_all(root: Path, tokenizer_dir: Path) -> None:
             [path], root / kind, PackOptions(tokenizer=tokenizer_dir, max_len=640, val_fraction=0.1, part_bytes=20_000)
         )
     (root / "results.pickle").write_bytes(pickle.dumps(results))
+
+
+def old_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a dataset as older versions wrote it: with the records of parts, and without its own hash."""
+    manifest = json.loads((directory / "manifest.json").read_bytes())
+    manifest.pop("record_sha256", None)
+    if (path := directory / "parts.jsonl").exists():
+        parts = [json.loads(line) for line in path.read_text().splitlines()]
+        path.unlink()
+        shards = [shard for part in parts for shard in part.pop("shards", [])]
+        files = [file for part in parts for file in part.pop("files", [])]
+        others = [file for file in manifest["files"] if file["path"] != "parts.jsonl"]
+        manifest["parts"] = parts
+        manifest["shards"] = sorted(shards, key=lambda shard: (shard["split"], shard["bucket"], shard["part"]))
+        manifest["files"] = sorted([*others, *files], key=lambda file: file["path"])
+    return manifest
+
+
+def make_old(directory: Path, change: Callable[[dict[str, Any]], Any] = lambda manifest: None) -> None:
+    """Write a dataset's manifest as older versions wrote it, after a change that only its own hash would show."""
+    manifest = old_manifest(directory)
+    change(manifest)
+    (directory / "manifest.json").write_text(json.dumps(manifest))

@@ -132,8 +132,8 @@ def test_samples_are_those_of_the_shards(packed: dict[str, PackResult], kind: st
     assert found.columns == list(SAMPLE_COLUMNS)
     sums = found.select(pl.len(), pl.sum("sequences", "tokens", "trained_tokens")).row(0)
     assert sums == (totals.samples, totals.sequences, totals.tokens, totals.loss_tokens)
-    positions = sum(entry.samples * entry.bucket for entry in dataset.manifest.shards) * (2 if kind == "pair" else 1)
-    assert found["padding"].sum() == positions - sum(entry.model_tokens for entry in dataset.manifest.shards)
+    positions = sum(entry.samples * entry.bucket for entry in dataset.shards()) * (2 if kind == "pair" else 1)
+    assert found["padding"].sum() == positions - sum(entry.model_tokens for entry in dataset.shards())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -210,7 +210,7 @@ def test_several_workers_share_one_table_array_or_csv(tmp_path: Path, pack_to: P
             path, out=f"out-{name}", part_bytes=4000, progress=lambda done, total, t=ticks: t.append(total - done)
         )
         dataset = open_dataset(result.out)
-        assert len(dataset.manifest.parts) > 2 and result.kept == 200
+        assert len(dataset.parts) > 2 and result.kept == 200
         assert [row["line"] for row in source_rows(dataset)] == list(range(1, 201))
         assert ticks == sorted(ticks, reverse=True) and ticks[-1] == 0
         assert verify(result.out) == []

@@ -380,7 +380,7 @@ def test_a_flipped_byte_is_refused_with_its_shard_and_the_repair_command(
 ) -> None:
     shutil.copytree(datasets["document"].dir, tmp_path / "copy")
     dataset = open_dataset(tmp_path / "copy")
-    shard = dataset.manifest.shards[1].path
+    shard = dataset.shards()[1].path
     content = bytearray((tmp_path / "copy" / shard).read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "copy" / shard).write_bytes(content)
@@ -397,19 +397,19 @@ def test_bytes_are_read_once_for_each_state_of_a_file(
     monkeypatch.setattr(checksums, "sha256_of", lambda path: (read.append(path), real(path))[1])
     shutil.copytree(datasets["pair"].dir, tmp_path / "copy")
     dataset = open_dataset(tmp_path / "copy")
-    assert len(read) == len(dataset.manifest.all_files)
+    assert len(read) == len([*dataset.parts.files])
     open_dataset(tmp_path / "copy")
-    assert len(read) == len(dataset.manifest.all_files)
-    (tmp_path / "copy" / dataset.manifest.shards[0].path).touch()
+    assert [path.name for path in read[len([*dataset.parts.files]) :]] == ["parts.jsonl"]
+    (tmp_path / "copy" / dataset.shards()[0].path).touch()
     open_dataset(tmp_path / "copy")
-    assert len(read) == len(dataset.manifest.all_files) + 1
+    assert [path.name for path in read[-2:]] == ["parts.jsonl", "part-00000.arrow"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "tokenizer"])
 def test_opening_refuses_and_names_what_is_damaged(tmp_path: Path, datasets: dict[str, Dataset], damage: str) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(datasets["document"].dir, copy)
-    shard = copy / open_dataset(copy).manifest.shards[0].path
+    shard = copy / open_dataset(copy).shards()[0].path
     if damage == "truncated":
         shard.write_bytes(shard.read_bytes()[:-9])
     elif damage == "missing":

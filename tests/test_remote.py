@@ -15,6 +15,7 @@ from mmdata.errors import DatasetError, InputError, UsageError
 from mmdata.io import remote
 from mmdata.pack.options import PackOptions
 from mmdata.pack.pipeline import pack
+from mmdata.shards.dataset import open_dataset
 from mmdata.shards.manifest import every_file, read_manifest
 from mmdata.shards.verify import verify
 
@@ -56,8 +57,8 @@ def test_a_dataset_is_sent_whole_its_manifest_last_and_only_once(
     assert remote.send(out, every, f"{bucket}/ds") == 0
     memory.get("/bucket/ds", str(tmp_path / "back"), recursive=True)
     assert verify(tmp_path / "back") == []
-    memory.pipe(f"/bucket/ds/{read_manifest(out).shards[0].path}", b"damaged")
-    assert remote.send(out, every, f"{bucket}/ds") == read_manifest(out).shards[0].bytes
+    memory.pipe(f"/bucket/ds/{open_dataset(out).shards()[0].path}", b"damaged")
+    assert remote.send(out, every, f"{bucket}/ds") == open_dataset(out).shards()[0].bytes
     monkeypatch.setattr(type(memory), "put_file", lambda self, a, b, **more: memory.pipe(b, b"less"))
     with pytest.raises(DatasetError, match="other bytes"):
         remote.send(out, every, f"{bucket}/elsewhere")

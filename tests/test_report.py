@@ -139,7 +139,7 @@ def test_a_condition_gives_the_figures_of_its_rows(tmp_path: Path, tokenizer_dir
     if inputs == "gone":
         path.unlink()
     found = stats.measure_dataset(packed.out, where=where)
-    assert 0 < found.figures["kept"] < 200 and len(open_dataset(packed.out).manifest.parts) > 1
+    assert 0 < found.figures["kept"] < 200 and len(open_dataset(packed.out).parts) > 1
     names = [
         *OF_TEXTS,
         "rows",

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,13 @@ def test_shards_slices_and_kills_leave_out_the_same_rows(
     path.write_text(path.read_text() + path.read_text())
     whole = pack_to(path, dedup="near")
     assert sum(whole.left_out.values()) >= 90 and whole.left_out["duplicate"] >= 90
-    monkeypatch.setattr(dedup, "SLICE_ROWS", 100)
+    monkeypatch.setattr(dedup, "SLICE_ROWS", 20)
+    opened: Counter[Path] = Counter()
+    real = np.load
+    monkeypatch.setattr(np, "load", lambda path, **more: (opened.update([path]), real(path, **more))[1])
+    pack_to(path, dedup="near", out="sliced")
+    assert max(count for path, count in opened.items() if path.name.endswith(".keys.npy")) == 1
+    assert max(opened.values()) == dedup.BANDS, "once a band, not once a slice"
 
     def interrupt(done: int, total: int) -> None:
         if done > total * 0.6:
@@ -114,6 +121,7 @@ def test_shards_slices_and_kills_leave_out_the_same_rows(
         pack_to(path, dedup="near", out="shards", shard=f"{number}/2")
     pack_to(path, dedup="near", out="shards", finish=True)
     assert tree(tmp_path / "out") == tree(tmp_path / "killed") == tree(tmp_path / "shards")
+    assert tree(tmp_path / "out") == tree(tmp_path / "sliced")
 
 
 def test_near_duplicates_are_left_out_and_others_stay(tmp_path: Path, pack_to: Callable[..., PackResult]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from pack_data import CONTROL, write_rows
+from pack_data import CONTROL, make_old, write_rows
 
 from mmdata.encode.encoder import RowEncoder
 from mmdata.encode.rows import parse_row
@@ -40,15 +40,8 @@ def dataset_dir(packed: dict[str, PackResult], tmp_path: Path) -> Path:
     return Path(shutil.copytree(packed["conversation"].out, tmp_path / "copy"))
 
 
-def edit_manifest(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    manifest = json.loads((directory / "manifest.json").read_bytes())
-    change(manifest)
-    manifest.pop("record_sha256")  # as in datasets of older versions, so that the change itself is what is found
-    (directory / "manifest.json").write_text(json.dumps(manifest))
-
-
 def first_shard(directory: Path) -> Path:
-    return directory / json.loads((directory / "manifest.json").read_bytes())["shards"][0]["path"]
+    return directory / open_dataset(directory).shards()[0].path
 
 
 # --- Arrow files
@@ -195,7 +188,7 @@ def test_provenance_finds_the_bytes_of_every_row(packed: dict[str, PackResult]) 
     dataset = open_dataset(packed["document"].out)
     content = Path(dataset.inputs[0]).read_bytes()
     lines = content.splitlines()
-    for part in dataset.manifest.parts:
+    for part in dataset.parts:
         sources = open_sources(dataset, part.part)
         for i in range(part.kept):
             raw = lines[sources["line"][i] - 1]
@@ -301,7 +294,7 @@ def test_a_shard_of_another_dataset_is_refused_on_opening(
 ) -> None:
     path, other = first_shard(dataset_dir), first_shard(packed["pair"].out)
     shutil.copy(other, path)
-    edit_manifest(dataset_dir, lambda manifest: manifest["shards"][0].update(info_of(other)._asdict()))
+    make_old(dataset_dir, lambda manifest: manifest["shards"][0].update(info_of(other)._asdict()))
     with pytest.raises(DatasetError, match="kind is pair"):
         open_dataset(dataset_dir)
 
@@ -315,8 +308,61 @@ def test_a_directory_without_our_manifest_is_no_dataset(dataset_dir: Path, conte
 
 
 def test_a_later_format_is_refused(dataset_dir: Path) -> None:
-    edit_manifest(dataset_dir, lambda manifest: manifest.update(format_version=2))
+    make_old(dataset_dir, lambda manifest: manifest.update(format_version=2))
     with pytest.raises(DatasetError, match="format 2"):
+        open_dataset(dataset_dir)
+
+
+def test_a_dataset_of_an_older_version_with_all_records_in_its_manifest_is_the_same(
+    dataset_dir: Path, packed: dict[str, PackResult]
+) -> None:
+    new, lines = open_dataset(packed["conversation"].out), (dataset_dir / "parts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["part"] for line in lines] == [*range(len(lines))] and len(lines) == len(new.parts)
+    assert not {"parts", "shards"} & json.loads((dataset_dir / "manifest.json").read_bytes()).keys()
+    make_old(dataset_dir)
+    old = open_dataset(dataset_dir)
+    assert verify(dataset_dir) == [] and (old.digest, [*old.parts]) == (new.digest, [*new.parts])
+    assert {file.path for file in new.parts.files} - {file.path for file in old.parts.files} == {"parts.jsonl"}
+    assert old.shards() == new.shards() and [*source_rows(old)] == [*source_rows(new)]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (Path.unlink, "is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "bytes, expected"),
+        (lambda path: path.write_text(path.read_text().replace("train", "trail")), "sha256 is"),
+    ],
+)
+def test_records_of_parts_that_are_not_those_of_the_manifest_are_refused(
+    dataset_dir: Path, damage: Callable[[Path], Any], words: str
+) -> None:
+    damage(dataset_dir / "parts.jsonl")
+    for read in (open_dataset, verify):
+        with pytest.raises(DatasetError, match=rf"parts\.jsonl .*{words}"):
+            read(dataset_dir)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ('"path":"train', '"path":"../train', "is not inside the dataset"),
+        ('"split":"train"', '"split":"trial"', "split trial"),
+        ('"kept":', '"kept":-', "part 0: kept: expected"),
+        ('{"part":0', '{"part":5', "part 0: it is of part 5"),
+        ('{"part"', "{part", "part 0: "),
+    ],
+)
+def test_a_record_of_a_part_that_cannot_be_is_refused_though_its_hash_is_right(
+    dataset_dir: Path, before: str, after: str, words: str
+) -> None:
+    path = dataset_dir / "parts.jsonl"
+    path.write_text(path.read_text().replace(before, after, 1))
+    manifest = json.loads((dataset_dir / "manifest.json").read_bytes())
+    del manifest["record_sha256"]
+    next(file for file in manifest["files"] if file["path"] == path.name).update(info_of(path)._asdict())
+    (dataset_dir / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DatasetError, match=words):
         open_dataset(dataset_dir)
 
 
@@ -327,7 +373,7 @@ def test_a_file_the_manifest_does_not_name_is_found(dataset_dir: Path) -> None:
 
 @pytest.mark.parametrize("key", ["rows", "kept", "tokens", "tokens_in", "loss_tokens", "sequences", "samples"])
 def test_a_total_that_is_no_sum_is_found(dataset_dir: Path, key: str) -> None:
-    edit_manifest(dataset_dir, lambda manifest: manifest["totals"].update({key: manifest["totals"][key] + 1}))
+    make_old(dataset_dir, lambda manifest: manifest["totals"].update({key: manifest["totals"][key] + 1}))
     assert any(key in problem.what for problem in verify(dataset_dir))
 
 
@@ -344,7 +390,7 @@ def rewrite_shard(directory: Path, change: Callable[[dict[str, Any]], None]) -> 
     path.unlink()
     metadata = {key.removeprefix("mm."): value for key, value in file.metadata.items()}
     written = write_arrow(path, columns, metadata, 1000)
-    edit_manifest(directory, lambda manifest: manifest["shards"][0].update(written._asdict()))
+    make_old(directory, lambda manifest: manifest["shards"][0].update(written._asdict()))
 
 
 @pytest.mark.parametrize(

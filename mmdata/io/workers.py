@@ -16,8 +16,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ Tick = Callable[..., None]  # called with what was added since the last call: (u
 COUNTS = 4  # units, and up to three other counts
 POLL_S = 0.2
 LARGE_BYTES = 2**30  # that one process reads in about a second: less is not worth to start others for
+MAX_THREADS = 4  # hashing releases the GIL; more readers than this hardly help a disk
 ENGINES = ("local", "ray")
 RAY_TASKS = 200  # that are begun and not done at most, or 4 for each core of the cluster if that is more
 REPORT_S = 1.0  # of a ray task, between two reports of its counts
@@ -198,6 +199,16 @@ def _work_on(number: int, job: Any) -> Any:
         _add(_state["counts"], COUNTS * number, counts)
 
     return _state["work"](job, tick)
+
+
+def in_threads(
+    work: Callable[[Job], Result], jobs: Iterable[Job], threads: int = MAX_THREADS
+) -> Iterator[tuple[Job, Result]]:
+    """Yield (job, work(job)) for each job, in order, with so many threads; a thousand jobs are taken at a time."""
+    left = iter(jobs)
+    with ThreadPoolExecutor(threads) as pool:
+        while some := list(itertools.islice(left, 1000)):
+            yield from zip(some, pool.map(work, some), strict=True)
 
 
 # --- ray

@@ -24,7 +24,16 @@ from mmdata.encode import rows
 from mmdata.encode.encoder import DEFAULT_ON_LOST
 from mmdata.errors import DatasetError, DiskError, InputError, TokenizerError, UsageError
 from mmdata.io import remote, workers
-from mmdata.io.files import Progress, free_bytes, no_progress, sha256_of, write_bytes, write_json
+from mmdata.io.files import (
+    Progress,
+    atomic_path,
+    free_bytes,
+    info_of,
+    no_progress,
+    sha256_of,
+    write_bytes,
+    write_json,
+)
 from mmdata.io.lines import place_of
 from mmdata.io.options import ReadOptions
 from mmdata.io.records import FileEntry, decode_record, plain, write_record
@@ -33,10 +42,10 @@ from mmdata.pack.filter import dedup
 from mmdata.pack.inputs import check_inputs, common_kind, plan, states_of
 from mmdata.pack.options import PackOptions, packing_tokenizer, parse_budget
 from mmdata.pack.part import Part, PartResult, PartSettings, RejectedRow
-from mmdata.pack.staging import PackKey, RecordingPacker, Run, Staging, one_of_several, only_writer
-from mmdata.pack.summary import PackResult, header_of, manifest_of, result_of, stats_of, total_of
+from mmdata.pack.staging import PackKey, RecordingPacker, RecordPlace, Run, Staging, one_of_several, only_writer
+from mmdata.pack.summary import PackResult, ShardSums, Summary, add_shards, header_of, part_record, result_of
 from mmdata.shards.dataset import id_dtype, open_dataset
-from mmdata.shards.manifest import MANIFEST, DatasetHeader, ExcludedFile, Manifest, PackArguments
+from mmdata.shards.manifest import MANIFEST, PARTS, DatasetHeader, ExcludedFile, Manifest, PackArguments, Parts
 from mmdata.tokenizer.encoders import REFERENCE, choose
 from mmdata.tokenizer.tokenizer import Tokenizer
 
@@ -47,7 +56,7 @@ COMPRESSION = 5  # bytes of jsonl per compressed byte, for the same estimate
 Watch = Callable[[int, int, int], None]  # called with rows, tokens and rows left out so far
 Note = Callable[[str], None]
 Found = TypeVar("Found")
-MOST_PARTS = 200_000  # with records of 2 kB each the manifest stays below what is read of a JSON file
+MOST_PARTS = 200_000  # with 6 files each .verified.json (0.2 kB a file) stays below what is read of a JSON file
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +110,7 @@ def pack(
     is_rerun = _is_dataset(out)
     job = _plan_job(inputs, out, options, arguments, progress, watch, note)
     if is_rerun and (manifest := _same_dataset(out, job.header)):
-        return result_of(out, manifest, start, up_to_date=True)
+        return result_of(out, *manifest, start, up_to_date=True)
     if share:
         return _pack_shard(job, share, start)
     with _disk_errors(out), only_writer(job.out) as staging, _keep_parts(staging, job):
@@ -111,17 +120,20 @@ def pack(
         if options.finish:
             _check_all_done(staging, job, done)
         _check_disk(job, [part for part in job.parts if part.number not in done])
-        results = _pack_parts(staging, job, job.parts, done)
-        _check_left_out(staging, job, results)
-        _check_unknown(job, results)
-        for entry in results[0].unused_columns if results else ():
-            if all(entry in result.unused_columns for result in results):
-                job.note(f"warning: --map {entry}: no row has a value in this column")
+        with atomic_path(staging.dataset / PARTS) as records, records.open("wb") as file:
+
+            def write(result: PartResult) -> None:
+                file.write(msgspec.json.encode(part_record(result)) + b"\n")
+
+            summary = _pack_parts(staging, job, job.parts, done, write)
+        _check_left_out(staging, job, summary)
+        _check_unknown(job, summary)
+        for entry in summary.unused or ():
+            job.note(f"warning: --map {entry}: no row has a value in this column")
         _check_unchanged(staging, job, job.parts)
-        _note_encoders(results, job)
-        _check_files(staging, job, results, done)
-        manifest = _publish(staging, job, results)
-    return result_of(out, manifest, start)
+        _note_encoders(summary, job)
+        manifest = _publish(staging, job, summary)
+    return result_of(out, manifest, summary.shards, start)
 
 
 def _pack_shard(job: _Job, share: tuple[int, int], start: float) -> PackResult:
@@ -134,13 +146,13 @@ def _pack_shard(job: _Job, share: tuple[int, int], start: float) -> PackResult:
     with _disk_errors(job.out), one_of_several(job.out, f"{number}-of-{count}") as staging:
         if not _check_begun(staging, job):
             staging.begin(PackKey.of(job.header))
-        done = staging.finished(job.run, [part.number for part in own])
+        done = staging.finished(job.run, own)
         _check_disk(job, [part for part in own if part.number not in done])
-        results = _pack_parts(staging, job, own, done)
+        summary = _pack_parts(staging, job, own, done)
         _check_unchanged(staging, job, own)
         left = len(job.parts) - len(staging.recorded())
-    manifest = msgspec.structs.replace(manifest_of(job.header, results, []), encoders=[], dataset_digest="")
-    return result_of(job.out, manifest, start, parts_left=left)
+    manifest = msgspec.structs.replace(summary.manifest([]), encoders=[], dataset_digest="")
+    return result_of(job.out, manifest, summary.shards, start, parts_left=left)
 
 
 def _check_begun(staging: Staging, job: _Job) -> bool:
@@ -154,22 +166,29 @@ def _check_begun(staging: Staging, job: _Job) -> bool:
     return begun is not None
 
 
-def _pack_parts(staging: Staging, job: _Job, parts: Sequence[Part], done: Mapping[int, PartResult]) -> list[PartResult]:
-    """Return the results of these parts, in order; parts without a result in `done` are packed."""
+def _pack_parts(
+    staging: Staging,
+    job: _Job,
+    parts: Sequence[Part],
+    done: Mapping[int, RecordPlace],
+    write: Callable[[PartResult], None] = no_progress,
+) -> Summary:
+    """Pack those of these parts that are not `done`, check the files of all, and return what they are together. write:
+    called with the result of each part, in order. Raises DatasetError as `_check_files` does."""
     todo = [part for part in parts if part.number not in done]
-    results = [done[part.number] for part in parts if part.number in done]
     total = sum(part.num_bytes for part in parts)
     bytes_before = total - sum(part.num_bytes for part in todo)
-    before = (
-        sum(result.rows for result in results),
-        sum(result.tokens for result in results),
-        sum(result.left_out.total() for result in results),
-    )
+    before = [0, 0, 0]
+    for place in done.values() if todo else ():
+        result = staging.result(place)
+        counts = (result.rows, result.tokens, result.left_out.total())
+        before = [old + new for old, new in zip(before, counts, strict=True)]
 
     def report(done_bytes: int, _: int, *counts: int) -> None:
         job.watch(*(new + old for new, old in zip(counts, before, strict=True)))
         job.progress(bytes_before + done_bytes, total)
 
+    packed: list[tuple[int, str, str]] = []
     if todo:
         settings = PartSettings(staging.dataset, job.tokenizer.dir, job.header, job.options.encoder)
         if job.header.arguments.screens:
@@ -177,23 +196,50 @@ def _pack_parts(staging: Staging, job: _Job, parts: Sequence[Part], done: Mappin
 
             screen(settings, job.parts, parts, job.run, job.progress)
         make = partial(RecordingPacker, settings, job.out, job.options.share)
-        results += job.run(make, todo, total=total - bytes_before, progress=report, with_counts=True)
-    return sorted(results, key=lambda result: result.number)
+        packed = job.run(make, todo, total=total - bytes_before, progress=report, with_counts=True)
+    there = staging.places({name for _, _, name in packed})
+    wrong = [
+        (number, host, f"the record of part {number} is missing") for number, host, _ in packed if number not in there
+    ]
+    places = {part.number: there[part.number] for part in parts if part.number in there}
+    summary, elsewhere, here = Summary(job.header), {}, socket.gethostname()
+    for result, what in staging.results(places):
+        write(result)
+        summary.add(result)
+        wrong += [(result.number, result.host, each) for each in what]
+        if result.host != here and result.number not in done and not what:
+            elsewhere[result.number] = result.host
+    num_bytes = sum(job.parts[number].num_bytes for number in elsewhere)
+    damaged = staging.damaged({number: places[number] for number in elsewhere}, job.run, num_bytes)
+    _check_files(staging, job, [*wrong, *((number, elsewhere[number], what) for number, what in damaged)])
+    return summary
 
 
-def _publish(staging: Staging, job: _Job, results: Sequence[PartResult]) -> Manifest:
+def _check_files(staging: Staging, job: _Job, wrong: Sequence[tuple[int, str, str]]) -> None:
+    """Raise DatasetError if files of the parts are not in the dataset that is to be published. These parts will be packed
+    again. wrong: number of the part, host that wrote it, and what is wrong, in words."""
+    if wrong:
+        staging.forget(number for number, _, _ in wrong)
+        named = [f"{what} (packed on {host})" for _, host, what in wrong[:4]]
+        more = f" and {len(wrong) - 4:,} more" if len(wrong) > 4 else ""
+        raise DatasetError(
+            f"{staging.dataset} lacks files of {len({number for number, _, _ in wrong}):,} of {len(job.parts):,} "
+            f"parts, so nothing is published: {'; '.join(named)}{more}",
+            "give an --out on a file system that all nodes share, under the same path",
+        )
+
+
+def _publish(staging: Staging, job: _Job, summary: Summary) -> Manifest:
     """Write the tokenizer, stats.json and, last of all, the manifest; then move the dataset to its path."""
-    manifest = manifest_of(job.header, results, [])
     files = [
         FileEntry(path, *write_bytes(staging.dataset / path, content))
         for path, content in ((f"tokenizer/{name}", content) for name, content in job.tokenizer.files.items())
     ]
-    files.append(
-        FileEntry("stats.json", *write_json(staging.dataset / "stats.json", plain(stats_of(manifest, results))))
-    )
-    manifest = manifest_of(job.header, results, files)
+    files.append(FileEntry("stats.json", *write_json(staging.dataset / "stats.json", plain(summary.stats()))))
+    files.append(FileEntry(PARTS, *info_of(staging.dataset / PARTS)))
+    manifest = summary.manifest(files)
     write_record(staging.dataset / MANIFEST, manifest)
-    staging.publish({MANIFEST, *(file.path for file in manifest.all_files)})
+    staging.publish({MANIFEST, *(file.path for file in Parts(staging.dataset, manifest).files)})
     return manifest
 
 
@@ -295,15 +341,19 @@ def _is_dataset(out: Path) -> bool:
     )
 
 
-def _same_dataset(out: Path, header: DatasetHeader) -> Manifest | None:
-    """Return the manifest of the dataset at `out` if packing would give it again; None if not, or if it is damaged."""
+def _same_dataset(out: Path, header: DatasetHeader) -> tuple[Manifest, ShardSums] | None:
+    """Return the manifest of the dataset at `out` and the sums of its shards if packing would give it again; None if not,
+    or if it is damaged."""
     try:
-        manifest = open_dataset(out).manifest
+        manifest = (dataset := open_dataset(out)).manifest
     except DatasetError:
         return None
     names = ("format_version", "kind", "max_len", "buckets", "tokenizer", "arguments")
     is_same = all(getattr(manifest, name) == getattr(header, name) for name in names)
-    return manifest if is_same and _identity(manifest.inputs) == _identity(header.inputs) else None
+    if not is_same or _identity(manifest.inputs) != _identity(header.inputs):
+        return None
+    add_shards(sums := {}, dataset.parts.shards)
+    return manifest, sums
 
 
 def _identity(inputs: Sequence[FileEntry]) -> list[tuple[str, int, str]]:
@@ -311,8 +361,8 @@ def _identity(inputs: Sequence[FileEntry]) -> list[tuple[str, int, str]]:
     return [(remote.file_at(file.path).name, file.bytes, file.sha256) for file in inputs]
 
 
-def _resume(staging: Staging, job: _Job) -> dict[int, PartResult]:
-    """Return the results of the parts finished by an earlier, unfinished pack with the same key, by number; remove what
+def _resume(staging: Staging, job: _Job) -> dict[int, RecordPlace]:
+    """Return the places of the records of the parts finished by an earlier, unfinished pack with the same key, by number; remove what
     one with another key left. Either is noted."""
     key, begun = PackKey.of(job.header), staging.begun()
     if begun is not None and (differences := key.differences(begun)):
@@ -322,7 +372,7 @@ def _resume(staging: Staging, job: _Job) -> dict[int, PartResult]:
         staging.clear()
         staging.begin(key)
         return {}
-    done = staging.finished(job.run)
+    done = staging.finished(job.run, job.parts)
     if done:
         job.note(f"{job.out}: going on with an unfinished pack, {len(done):,} of {len(job.parts):,} parts are done")
     return done
@@ -343,23 +393,6 @@ def _keep_parts(staging: Staging, job: _Job) -> Iterator[None]:
         else:
             staging.clear()
         raise
-
-
-def _check_files(staging: Staging, job: _Job, results: Sequence[PartResult], hashed: Collection[int]) -> None:
-    """Raise DatasetError, naming the hosts that wrote them, if files of the parts are not in the dataset that is to be
-    published. These parts will be packed again. Files that other hosts wrote are hashed, unless their part is one of
-    `hashed`."""
-    here = socket.gethostname()
-    elsewhere = {result.number for result in results if result.host != here}
-    if wrong := staging.differences(results, job.run, elsewhere - set(hashed)):
-        staging.forget(result.number for result, _ in wrong)
-        named = [f"{what} (packed on {result.host})" for result, what in wrong[:4]]
-        more = f" and {len(wrong) - 4:,} more" if len(wrong) > 4 else ""
-        raise DatasetError(
-            f"{staging.dataset} lacks files of {len({result.number for result, _ in wrong}):,} of {len(job.parts):,} "
-            f"parts, so nothing is published: {'; '.join(named)}{more}",
-            "give an --out on a file system that all nodes share, under the same path",
-        )
 
 
 def _check_all_done(staging: Staging, job: _Job, done: Collection[int]) -> None:
@@ -420,37 +453,31 @@ def _disk_errors(out: Path) -> Iterator[None]:
 # --- after the parts
 
 
-def _check_left_out(staging: Staging, job: _Job, results: Sequence[PartResult]) -> None:
+def _check_left_out(staging: Staging, job: _Job, summary: Summary) -> None:
     """Raise InputError if no row was packed, or if more rows are left out than the limits for bad rows allow."""
-    num_rows = sum(result.rows for result in results)
-    left_out = total_of(result.left_out for result in results)
-    if not any(result.kept for result in results):
+    num_rows, left_out = summary.sums["rows"], summary.counts["left_out"]
+    if not summary.sums["kept"]:
         reason = left_out.most_common(1)[0][0] if left_out else "no row"
         names = ", ".join(str(path) for path in job.inputs)
         fix = rows.HELP.get(reason, "give a file with one JSON object a line")
-        first = _first_rejected(staging, results, job.options.reading)
+        first = _first_rejected(staging.dataset / summary.rejected, job.options.reading) if summary.rejected else ""
         raise InputError(f"{names}: all {num_rows:,} rows are left out, most for: {reason}{first}", fix)
     arguments = job.header.arguments
     rows.check_budget(left_out, num_rows, arguments.max_bad, arguments.max_bad_by_reason, kind=job.options.kind)
 
 
-def _first_rejected(staging: Staging, results: Sequence[PartResult], read: ReadOptions) -> str:
-    """Return, for an error message, where the first row is that was left out, and what is wrong with it."""
-    columns = rows.Columns.parse(read.mapping)
-    for result in results:
-        for entry in result.files:
-            if entry.path.startswith("rejected/"):
-                with (staging.dataset / entry.path).open("rb") as file:
-                    row = decode_record(file.readline(), RejectedRow, entry.path, DatasetError, "pack again")
-                bad = rows.BadRow(row.reason, row.detail)
-                return f"; {place_of(row.file, row.line, read)} {rows.explain(row.raw.encode(), bad, columns)}"
-    return ""
+def _first_rejected(path: Path, read: ReadOptions) -> str:
+    """Return, for an error message, where the first row of a file of rows left out is, and what is wrong with it."""
+    with path.open("rb") as file:
+        row = decode_record(file.readline(), RejectedRow, str(path), DatasetError, "pack again")
+    bad = rows.BadRow(row.reason, row.detail)
+    return f"; {place_of(row.file, row.line, read)} {rows.explain(row.raw.encode(), bad, rows.Columns.parse(read.mapping))}"
 
 
-def _check_unknown(job: _Job, results: Sequence[PartResult]) -> None:
+def _check_unknown(job: _Job, summary: Summary) -> None:
     """Raise TokenizerError if the tokenizer does not know more than UNKNOWN_REFUSED of the bytes of the packed texts,
     unless that is allowed; warn from UNKNOWN_WARNED on."""
-    unknown, total = (sum(getattr(one, name) for one in results) for name in ("unknown_bytes", "text_bytes"))
+    unknown, total = summary.sums["unknown_bytes"], summary.sums["text_bytes"]
     share = unknown / max(1, total)
     problem = f"the tokenizer does not know {unknown:,} of {total:,} bytes of the texts ({share:.2%}): they are lost"
     if share > UNKNOWN_REFUSED and not job.options.allow_unknown:
@@ -467,13 +494,12 @@ def _check_unchanged(staging: Staging, job: _Job, parts: Iterable[Part]) -> None
             raise InputError(f"{path} changed while it was packed", "pack again when nothing writes to it any more")
 
 
-def _note_encoders(results: Sequence[PartResult], job: _Job) -> None:
+def _note_encoders(summary: Summary, job: _Job) -> None:
     """Pass on each warning once; recommend the fast encoder if it is missing and would save much time."""
-    for warning in dict.fromkeys(result.warning for result in results if result.warning):
+    for warning in summary.warnings:
         job.note(f"warning: {warning}")
-    is_large = sum(result.characters for result in results) > LARGE_CHARACTERS
-    is_slow = all(result.encoder.startswith(REFERENCE) and not result.warning for result in results)
-    if is_large and is_slow and job.options.encoder == "auto":
+    is_slow = not summary.warnings and all(name.startswith(REFERENCE) for name in summary.encoders)
+    if summary.sums["characters"] > LARGE_CHARACTERS and is_slow and job.options.encoder == "auto":
         job.note(
             "the encoder took most of this time: pip install 'mm-toolkit[fast]' brings one that is ten times as fast"
         )

@@ -19,9 +19,9 @@ from mmdata.io.workers import run_jobs
 from mmdata.pack.inputs import plan
 from mmdata.pack.part import Part, PartPacker, PartResult, PartSettings
 from mmdata.pack.staging import only_writer
-from mmdata.pack.summary import stats_of
+from mmdata.pack.summary import Summary
 from mmdata.shards.checksums import difference
-from mmdata.shards.manifest import Manifest, read_manifest
+from mmdata.shards.manifest import Manifest, Parts, read_manifest
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 STATS = "stats.json"  # needs the results of all parts
@@ -39,7 +39,9 @@ def repair(
     """
     manifest = read_manifest(directory)
     with only_writer(Path(os.path.realpath(directory))) as staging:
-        damaged = sorted((file for file in manifest.all_files if difference(directory, file)), key=lambda f: f.path)
+        damaged = sorted(
+            (file for file in Parts(directory, manifest).files if difference(directory, file)), key=lambda f: f.path
+        )
         if not damaged:
             return []
         scratch = staging.out.parent / f".{staging.out.name}.repair"
@@ -99,7 +101,10 @@ def _rebuild(
     total = sum(part.num_bytes for part in todo)
     results: list[PartResult] = run_parts(partial(PartPacker, settings), todo, total=total, progress=progress)
     if needs_stats:
-        write_json(settings.dir / STATS, plain(stats_of(manifest, results)))
+        summary = Summary(manifest)
+        for result in results:
+            summary.add(result)
+        write_json(settings.dir / STATS, plain(summary.stats()))
     for file in rebuilt:
         if difference(settings.dir, file):
             raise DatasetError(

@@ -10,18 +10,16 @@ file `.NAME.lock` names the process and host that are packing; a lock whose proc
 
 import contextlib
 import errno
-import itertools
 import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -30,12 +28,13 @@ from mmdata.io.files import (
     AlreadyLockedError,
     append_bytes,
     locked,
+    no_progress,
     replace_directory,
     restore_directory,
     write_bytes,
 )
 from mmdata.io.records import FileEntry, decode_record, plain, read_record, sealed, write_record
-from mmdata.io.workers import LARGE_BYTES, Tick
+from mmdata.io.workers import LARGE_BYTES, Tick, in_threads
 from mmdata.pack.part import Part, PartPacker, PartResult, PartSettings
 from mmdata.shards import checksums
 from mmdata.shards.manifest import DatasetHeader
@@ -97,6 +96,13 @@ def _input_differences(before: Sequence[FileEntry], now: Sequence[FileEntry]) ->
     ]
 
 
+class RecordPlace(NamedTuple):
+    """Where the record of a finished part stands: in a file of done/, at a byte offset."""
+
+    name: str
+    offset: int
+
+
 @dataclass(frozen=True, slots=True)
 class Staging:
     """The hidden directory of one pack. out: the path that the finished dataset will have."""
@@ -131,41 +137,53 @@ class Staging:
 
     def recorded(self) -> set[int]:
         """Return the numbers of the parts that were recorded as finished. Their files are not checked."""
-        return {number for path in self._records() for number, _ in _numbered(path)}
+        return {*self.places()}
 
     def shard_counts(self) -> set[int]:
         """Return in how many shards those that have finished parts have divided them: one number, or several."""
         return {int(count) for path in self._records() if (count := path.stem.rpartition("-of-")[2]).isdigit()}
 
-    def finished(self, run: Run, numbers: Collection[int] | None = None) -> dict[int, PartResult]:
-        """Return the results of recorded parts, by number, after checking their files (1 GB/s a thread). run: as in
-        `differences`. numbers: the parts to check; None means all. Records of bad files are removed."""
-        results: dict[int, PartResult] = {}
-        chosen = None if numbers is None else set(numbers)
-        for number, line in itertools.chain.from_iterable(map(_numbered, self._records())):
-            if chosen is None or number in chosen:
-                with contextlib.suppress(DatasetError):  # an unreadable one: the part is packed again
-                    results[number] = decode_record(line, PartResult, "", DatasetError, "")
-        bad = {result.number for result, _ in self.differences(list(results.values()), run, results)}
-        self.forget(bad)
-        return {number: result for number, result in results.items() if number not in bad}
+    def places(self, names: Collection[str] = ()) -> dict[int, RecordPlace]:
+        """Return where the record of each finished part stands, the last of several, by number, ascending. names: of
+        files of records, which the file system may not list yet if another machine has just made them."""
+        paths = {*self._records(), *(path for name in names if (path := self.dir / "done" / name).exists())}
+        found = {
+            number: RecordPlace(path.name, offset) for path in sorted(paths) for number, offset, _ in _numbered(path)
+        }
+        return dict(sorted(found.items()))
 
-    def differences(
-        self, results: Sequence[PartResult], run: Run, hashed: Collection[int]
-    ) -> list[tuple[PartResult, str]]:
-        """Return (its part, what is wrong in words) for each file of these parts that is missing or has another size,
-        and for the parts `hashed` (numbers) also another hash. run: calls `workers.run_jobs`; it is used to hash files
-        of LARGE_BYTES together, which other processes or machines then read."""
-        with ThreadPoolExecutor(checksums.MAX_THREADS) as pool:
-            found = list(pool.map(partial(_differences, self.dataset, False), results))
-            some = [n for n, result in enumerate(results) if not found[n] and result.number in hashed]
-            parts = [results[n] for n in some]
-            if (total := sum(file.bytes for result in parts for file in result.all_files)) < LARGE_BYTES:
-                wrong = list(pool.map(partial(_differences, self.dataset, True), parts))
-            else:
-                wrong = run(partial(partial, _differences, self.dataset, True), parts, total=total)
-        found = [*zip(results, found, strict=True), *zip(parts, wrong, strict=True)]
-        return [(result, what) for result, several in found for what in several]
+    def result(self, place: RecordPlace) -> PartResult:
+        """Read the result of a part. Raises DatasetError if its record is damaged."""
+        with (self.dir / "done" / place.name).open("rb") as file:
+            file.seek(place.offset)
+            return decode_record(file.readline(), PartResult, f"{file.name}", DatasetError, "pack again")
+
+    def finished(self, run: Run, parts: Sequence[Part]) -> dict[int, RecordPlace]:
+        """Return the places of those of these parts that are recorded and whose files have the recorded hashes (1 GB/s
+        a thread), by number. run: as in `damaged`. Records of others are removed."""
+        total = {part.number: part.num_bytes for part in parts}
+        places = {number: place for number, place in self.places().items() if number in total}
+        if bad := {number for number, _ in self.damaged(places, run, sum(total[number] for number in places))}:
+            self.forget(bad)
+            places = {number: place for number, place in self.places().items() if number in total}
+        return places
+
+    def damaged(self, places: Mapping[int, RecordPlace], run: Run, num_bytes: int) -> list[tuple[int, str]]:
+        """Return (its number, what is wrong in words) for each file of these parts that is not as recorded. run: calls
+        `workers.run_jobs`; it is used if the parts are of LARGE_BYTES, which other processes or machines then read."""
+        jobs = list(places.values())
+        if num_bytes < LARGE_BYTES or not jobs:
+            wrong = [what for _, (_, what) in in_threads(partial(_differences, self, True), jobs)]
+        else:
+            wrong = [what for _, what in run(partial(partial, _differences, self, True), jobs, total=num_bytes)]
+        return [(number, what) for number, several in zip(places, wrong, strict=True) for what in several]
+
+    def results(self, places: Mapping[int, RecordPlace]) -> Iterator[tuple[PartResult, list[str]]]:
+        """Yield the result of each of these parts, and what is missing of its files or has another size."""
+        for _, (result, what) in in_threads(partial(_differences, self, False), places.values()):
+            if result is None:
+                raise DatasetError(what[0], "pack again")
+            yield result, what
 
     def _records(self) -> list[Path]:
         return sorted((self.dir / "done").glob("*.jsonl"))
@@ -175,7 +193,7 @@ class Staging:
         if gone := set(numbers):
             for path in self._records():
                 lines = list(_numbered(path))
-                kept = [line for number, line in lines if number not in gone]
+                kept = [line for number, _, line in lines if number not in gone]
                 if len(kept) < len(lines):
                     write_bytes(path, b"".join(kept))
 
@@ -200,18 +218,28 @@ class _Number(msgspec.Struct):
     number: int
 
 
-def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the number of the part and the line of each record in a file, without those that were cut off."""
+def _numbered(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Yield the number of the part, the offset and the line of each record in a file, without those that were cut off."""
+    offset = 0
     with path.open("rb") as file:
         for line in file:
             with contextlib.suppress(msgspec.DecodeError, UnicodeError):
-                yield msgspec.json.decode(line, type=_Number).number, line
+                yield msgspec.json.decode(line, type=_Number).number, offset, line
+            offset += len(line)
 
 
-def _differences(dataset: Path, is_hashed: bool, result: PartResult, _tick: Tick | None = None) -> list[str]:
-    """Return what is wrong with the files of a part."""
-    checked = ((file.path, checksums.difference(dataset, file, is_hashed=is_hashed)) for file in result.all_files)
-    return [f"{path} {what}" for path, what in checked if what]
+def _differences(
+    staging: Staging, is_hashed: bool, place: RecordPlace, _tick: Tick = no_progress
+) -> tuple[PartResult | None, list[str]]:
+    """Return what is wrong with the files of a part, in words, and, unless they are hashed, its result."""
+    try:
+        result = staging.result(place)
+    except DatasetError as error:
+        return None, [error.message]
+    checked = (
+        (file.path, checksums.difference(staging.dataset, file, is_hashed=is_hashed)) for file in result.all_files
+    )
+    return None if is_hashed else result, [f"{path} {what}" for path, what in checked if what]
 
 
 class RecordingPacker:
@@ -222,10 +250,11 @@ class RecordingPacker:
         self._pack = PartPacker(settings)
         self._staging, self._name = Staging(out), f"{uuid.uuid4().hex}{'-{}-of-{}'.format(*share) if share else ''}"
 
-    def __call__(self, part: Part, tick: Tick) -> PartResult:
+    def __call__(self, part: Part, tick: Tick) -> tuple[int, str, str]:
+        """Pack a part; return its number, the host that wrote it, and the name of the file with its record."""
         result = self._pack(part, tick)
         self._staging.record(result, self._name)
-        return result
+        return part.number, result.host, f"{self._name}.jsonl"
 
 
 @contextlib.contextmanager

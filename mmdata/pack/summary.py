@@ -3,10 +3,10 @@
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -33,7 +33,10 @@ from mmdata.shards.manifest import (
 from mmdata.tokenizer.encoders import NUM_HOSTILE, REFERENCE
 from mmdata.tokenizer.tokenizer import Tokenizer
 
-Key = TypeVar("Key")
+SUMS = ("rows", "kept", "tokens_in", "tokens", "sequences", "text_bytes", "unknown_bytes", "characters")
+COUNTERS = ("left_out", "cut", "control_strings", "extra_keys", "not_written")
+SHARD_COUNTS = ("samples", "sequences", "rows", "tokens", "model_tokens", "loss_tokens")
+ShardSums = dict[tuple[str, int], Counter[str]]  # by split and bucket: SHARD_COUNTS
 
 
 def header_of(
@@ -47,47 +50,99 @@ def header_of(
     )
 
 
-def manifest_of(header: DatasetHeader, results: Sequence[PartResult], files: Sequence[FileEntry]) -> Manifest:
-    """Return the manifest of a dataset of these parts. files: those of no part, such as the tokenizer's."""
-    shards = sorted((s for result in results for s in result.shards), key=lambda s: (s.split, s.bucket, s.part))
-    every = [*files, *(file for result in results for file in result.files)]
-    return Manifest(
-        **msgspec.structs.asdict(header),
-        encoders=_encoders(results),
-        parts=[_part_record(result) for result in results],
-        shards=shards,
-        totals=_totals(results, shards),
-        dataset_digest=dataset_digest(header.kind, header.max_len, shards),
-        files=sorted(every, key=lambda file: file.path),
-    )
+class Summary:
+    """What several parts are together: `add` takes the result of one after the other, by ascending number. It holds 0.3
+    kB of each shard, for the dataset's digest, and nothing else of a part. sums, counts: fields of PartResult, summed up.
+    warnings: of all parts. unused: `unused_columns` that are so in all parts. rejected: path of the first file of rows
+    left out, or ""."""
 
+    def __init__(self, header: DatasetHeader):
+        self._header = header
+        self.sums = Counter(dict.fromkeys(SUMS, 0))
+        self.counts: dict[str, Counter[str]] = {name: Counter() for name in COUNTERS}
+        self.encoders: dict[str, Counter[str]] = {}
+        self.warnings: dict[str, None] = {}
+        self.unused: list[str] | None = None
+        self.rejected = ""
+        self.shards: ShardSums = {}
+        self._lengths = np.zeros(header.max_len + 1, np.int64)
+        self._tokens: list[tuple[str, int, int, int, str]] = []
 
-def total_of(counters: Iterable[Mapping[Key, int]]) -> Counter[Key]:
-    """Return the sum of several counters."""
-    total: Counter[Key] = Counter()
-    for counter in counters:
-        total.update(counter)
-    return total
+    def add(self, result: PartResult) -> None:
+        """Add the result of a part."""
+        for name in SUMS:
+            self.sums[name] += getattr(result, name)
+        for name, counter in self.counts.items():
+            counter.update(getattr(result, name))
+        encoder = self.encoders.setdefault(result.encoder, Counter())
+        encoder.update(parts=1, rows_compared=result.compared, given_up=int(bool(result.warning)))
+        self.warnings |= dict.fromkeys([result.warning] if result.warning else ())
+        unused = result.unused_columns if self.unused is None else self.unused
+        self.unused = [entry for entry in unused if entry in result.unused_columns]
+        rejected = (file.path for file in result.files if file.path.startswith("rejected/"))
+        self.rejected = self.rejected or next(rejected, "")
+        add_shards(self.shards, result.shards)
+        lengths = np.frombuffer(result.lengths, "<u4").reshape(-1, 2)
+        self._lengths[lengths[:, 0]] += lengths[:, 1]
+        self._tokens += [shard.tokens_key for shard in result.shards]
 
-
-def _encoders(results: Sequence[PartResult]) -> list[EncoderRecord]:
-    """Return a record of each encoder that parts were encoded with, by name."""
-    by_name: dict[str, list[PartResult]] = {}
-    for result in results:
-        by_name.setdefault(result.encoder, []).append(result)
-    return [
-        EncoderRecord(
-            name,
-            parts=len(group),
-            rows_compared=sum(result.compared for result in group),
-            hostile_compared=0 if name.startswith(REFERENCE) else NUM_HOSTILE,
-            given_up=sum(bool(result.warning) for result in group),
+    def manifest(self, files: Sequence[FileEntry]) -> Manifest:
+        """Return the manifest of a dataset of these parts. files: those of no part, such as the tokenizer's."""
+        return Manifest(
+            **msgspec.structs.asdict(self._header),
+            encoders=[
+                EncoderRecord(name, **of, hostile_compared=0 if name.startswith(REFERENCE) else NUM_HOSTILE)
+                for name, of in sorted(self.encoders.items())
+            ],
+            totals=self._totals(),
+            dataset_digest=dataset_digest(self._header.kind, self._header.max_len, self._tokens),
+            files=sorted(files, key=lambda file: file.path),
         )
-        for name, group in sorted(by_name.items())
-    ]
+
+    def _totals(self) -> DatasetTotals:
+        figures: dict[str, Any] = dict(self.sums)
+        del figures["characters"]
+        if not figures["text_bytes"]:  # the tokenizer knows every text
+            del figures["text_bytes"], figures["unknown_bytes"]
+        figures |= {name: dict(sorted(counter.items())) for name, counter in self.counts.items()}
+        for name in ("extra_keys", "not_written"):
+            if not figures[name]:
+                del figures[name]
+        every = total_of(self.shards.values())
+        val = total_of(of for (split, _), of in self.shards.items() if split == "val")
+        return DatasetTotals(
+            **figures, loss_tokens=every["loss_tokens"], samples=every["samples"], val_rows=val["rows"]
+        )
+
+    def stats(self) -> DatasetStats:
+        """Return the content of stats.json."""
+        header, totals, fill = self._header, self._totals(), fill_of(self._header.kind, self.shards)
+        characters = self.sums["characters"]
+
+        def figures(chosen: Callable[[str, int], bool]) -> ShardFigures:
+            some = {key: of for key, of in self.shards.items() if chosen(*key)}
+            sums = total_of(some.values())
+            names = ("samples", "sequences", "rows", "tokens", "loss_tokens")
+            return ShardFigures(**{name: sums[name] for name in names}, fill=fill_of(header.kind, some))
+
+        return DatasetStats(
+            kind=header.kind,
+            max_len=header.max_len,
+            dataset_digest=dataset_digest(header.kind, header.max_len, self._tokens),
+            **msgspec.structs.asdict(totals),
+            trained_share=totals.loss_tokens / max(1, totals.tokens),
+            characters=characters,
+            characters_per_token=characters / max(1, totals.tokens_in),
+            fill=fill,
+            waste=1 - fill,
+            splits={name: figures(lambda split, _, name=name: split == name) for name in SPLITS},
+            buckets={str(bucket): figures(lambda _, of, bucket=bucket: of == bucket) for bucket in header.buckets},
+            lengths=length_figures(self._lengths),
+        )
 
 
-def _part_record(result: PartResult) -> PartRecord:
+def part_record(result: PartResult) -> PartRecord:
+    """Return the record of a part for parts.jsonl."""
     return PartRecord(
         part=result.number,
         rows=result.rows,
@@ -98,67 +153,31 @@ def _part_record(result: PartResult) -> PartRecord:
         cut=dict(sorted(result.cut.items())),
         sequences=result.sequences,
         sequence_digest=f"{result.digest:032x}",
+        shards=sorted(result.shards, key=lambda shard: shard.key),
+        files=sorted(result.files, key=lambda file: file.path),
     )
 
 
-def _totals(results: Sequence[PartResult], shards: Sequence[ShardRecord]) -> DatasetTotals:
-    figures: dict[str, Any] = {
-        name: sum(getattr(result, name) for result in results)
-        for name in ("rows", "kept", "tokens_in", "tokens", "sequences", "text_bytes", "unknown_bytes")
-    }
-    if not figures["text_bytes"]:  # the tokenizer knows every text
-        del figures["text_bytes"], figures["unknown_bytes"]
-    for name in ("left_out", "cut", "control_strings", "extra_keys", "not_written"):
-        figures[name] = dict(sorted(total_of(getattr(result, name) for result in results).items()))
-    for name in ("extra_keys", "not_written"):
-        if not figures[name]:
-            del figures[name]
-    return DatasetTotals(
-        **figures,
-        loss_tokens=sum(shard.loss_tokens for shard in shards),
-        samples=sum(shard.samples for shard in shards),
-        val_rows=sum(shard.rows for shard in shards if shard.split == "val"),
-    )
+def add_shards(sums: ShardSums, shards: Iterable[ShardRecord]) -> None:
+    """Add the counts of shards to those of their split and bucket."""
+    for shard in shards:
+        of = sums.setdefault(shard.key[:2], Counter())
+        of.update({name: getattr(shard, name) for name in SHARD_COUNTS})
 
 
-# --- stats.json
+def total_of(counters: Iterable[Mapping[str, int]]) -> Counter[str]:
+    """Return the sum of several counters."""
+    total: Counter[str] = Counter()
+    for counter in counters:
+        total.update(counter)
+    return total
 
 
-def stats_of(manifest: Manifest, results: Sequence[PartResult]) -> DatasetStats:
-    """Return the content of stats.json. manifest: must have its totals and shards. results: those of all its parts."""
-    kind, totals, shards = manifest.kind, manifest.totals, manifest.shards
-    characters = sum(result.characters for result in results)
-    counts = np.zeros(manifest.max_len + 1, np.int64)
-    for result in results:
-        lengths = np.frombuffer(result.lengths, "<u4").reshape(-1, 2)
-        counts[lengths[:, 0]] += lengths[:, 1]
-    fill = fill_of(kind, shards)
-    return DatasetStats(
-        kind=kind,
-        max_len=manifest.max_len,
-        dataset_digest=manifest.dataset_digest,
-        **msgspec.structs.asdict(totals),
-        trained_share=totals.loss_tokens / max(1, totals.tokens),
-        characters=characters,
-        characters_per_token=characters / max(1, totals.tokens_in),
-        fill=fill,
-        waste=1 - fill,
-        splits={name: _figures(kind, [s for s in shards if s.split == name]) for name in SPLITS},
-        buckets={str(bucket): _figures(kind, [s for s in shards if s.bucket == bucket]) for bucket in manifest.buckets},
-        lengths=length_figures(counts),
-    )
-
-
-def _figures(kind: str, shards: Sequence[ShardRecord]) -> ShardFigures:
-    names = ("samples", "sequences", "rows", "tokens", "loss_tokens")
-    return ShardFigures(**{name: sum(getattr(s, name) for s in shards) for name in names}, fill=fill_of(kind, shards))
-
-
-def fill_of(kind: str, shards: Sequence[ShardRecord]) -> float:
+def fill_of(kind: str, sums: ShardSums) -> float:
     """Return the share of positions that have a token, 0 to 1; 0 without shards. A pair takes up its bucket once for
     each side, and its prompt counts twice."""
-    positions = sum(shard.samples * shard.bucket for shard in shards) * (2 if kind == "pair" else 1)
-    return sum(shard.model_tokens for shard in shards) / max(1, positions)
+    positions = sum(of["samples"] * bucket for (_, bucket), of in sums.items()) * (2 if kind == "pair" else 1)
+    return total_of(sums.values())["model_tokens"] / max(1, positions)
 
 
 def length_figures(counts: np.ndarray) -> LengthFigures:
@@ -214,13 +233,19 @@ class PackResult:
 
 
 def result_of(
-    out: Path, manifest: Manifest, start: float, *, up_to_date: bool = False, parts_left: int | None = None
+    out: Path,
+    manifest: Manifest,
+    sums: ShardSums,
+    start: float,
+    *,
+    up_to_date: bool = False,
+    parts_left: int | None = None,
 ) -> PackResult:
-    """Summarize a manifest. start: time.monotonic() at the start of packing."""
+    """Summarize a manifest and the sums of its shards. start: time.monotonic() at the start of packing."""
     totals = manifest.totals
     samples = dict.fromkeys(manifest.buckets, 0)
-    for shard in manifest.shards:
-        samples[shard.bucket] += shard.samples
+    for (_, bucket), of in sums.items():
+        samples[bucket] += of["samples"]
     return PackResult(
         out=out,
         kind=manifest.kind,
@@ -238,7 +263,7 @@ def result_of(
         unknown_share=totals.unknown_bytes / totals.text_bytes if totals.unknown_bytes and totals.text_bytes else None,
         extra_keys=totals.extra_keys or {},
         samples=samples,
-        fill=fill_of(manifest.kind, manifest.shards),
+        fill=fill_of(manifest.kind, sums),
         encoders={encoder.name: encoder.parts for encoder in manifest.encoders},
         digest=manifest.dataset_digest,
         parts_left=parts_left,

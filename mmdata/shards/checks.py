@@ -60,7 +60,7 @@ def find_contained(datasets: Sequence[Dataset]) -> list[Contained]:
 def _lines_by_file(dataset: Dataset) -> dict[str, np.ndarray]:
     """Return the sorted hashes (uint64) of the distinct packed lines of each input file that has any."""
     by_file: dict[str, list[np.ndarray]] = {path: [] for path in dataset.inputs}
-    for part in dataset.manifest.parts:
+    for part in dataset.parts:
         if part.kept:
             sources = open_sources(dataset, part.part)
             hashes = np.ascontiguousarray(sources["sha"]).view("<u8").reshape(-1)

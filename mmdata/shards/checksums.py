@@ -8,19 +8,17 @@ not detect deliberate forgery.
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
-from mmdata.errors import DatasetError
-from mmdata.io.files import check_regular, locked, sha256_of, write_json
-from mmdata.io.records import FileEntry, plain, read_record
+from mmdata.io.files import check_regular, locked, read_bytes, sha256_of, write_bytes
+from mmdata.io.records import FileEntry
+from mmdata.io.workers import in_threads
 
 VERIFIED_NAME = ".verified.json"
 LOCK_NAME = ".verified.lock"
-MAX_THREADS = 4  # hashing releases the GIL; more readers than this hardly help a disk
 
 
 class VerifiedFile(msgspec.Struct, array_like=True, frozen=True):
@@ -35,7 +33,7 @@ class VerifiedFile(msgspec.Struct, array_like=True, frozen=True):
 
 
 def check(
-    directory: Path, files: Sequence[FileEntry], against: str, problem_of: Callable[[FileEntry], str]
+    directory: Path, files: Iterable[FileEntry], against: str, problem_of: Callable[[FileEntry], str]
 ) -> list[tuple[str, str]]:
     """Return (path, what is wrong) of each file that is not as its record says. A file is read only if its inode,
     modification time or size, its record or `against` has changed since it was last found right. Another process that
@@ -48,26 +46,34 @@ def check(
             return f"its bytes have changed since it was packed (sha256 {digest})"
         return problem_of(file)
 
-    states: dict[str, VerifiedFile] = {}  # before reading, so that a write meanwhile is noticed
-    found: dict[str, str] = {}
+    todo: list[tuple[FileEntry, VerifiedFile]] = []  # with states before reading, so that a write meanwhile is noticed
+    found: list[tuple[str, str]] = []
+    verified = _read(directory)
     for file in files:
         try:
-            states[file.path] = _state(directory, file, against)
+            state = _state(directory, file, against)
         except OSError as error:
-            found[file.path] = "is missing" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
-    if found or states.items() <= _read(directory).items():
-        return list(found.items())
+            what = "is missing" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+            found.append((file.path, what))
+        else:
+            todo += [(file, state)] if verified.get(file.path) != state else []
+    if found or not todo:
+        return found
     with _exclusive(directory):
         verified = _read(directory)
-        todo = [file for file in files if verified.get(file.path) != states[file.path]]
-        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-            found = {file.path: what for file, what in zip(todo, pool.map(wrong, todo), strict=True)}
-        if todo:
-            _write(directory, {**verified, **{path: states[path] for path, what in found.items() if not what}})
-    return [(path, what) for path, what in found.items() if what]
+        states = {file.path: state for file, state in todo if verified.get(file.path) != state}
+        new = (file for file, _ in todo if file.path in states)
+        for file, what in in_threads(wrong, new):
+            if what:
+                found.append((file.path, what))
+            else:
+                verified[file.path] = states[file.path]
+        if states:
+            _write(directory, verified)
+    return found
 
 
-def mark_verified(directory: Path, files: Sequence[FileEntry], against: str) -> None:
+def mark_verified(directory: Path, files: Iterable[FileEntry], against: str) -> None:
     """Record that all of these files were found right, see `check`. The records of other files are removed."""
     _write(directory, {file.path: _state(directory, file, against) for file in files})
 
@@ -94,14 +100,17 @@ def _state(directory: Path, file: FileEntry, against: str) -> VerifiedFile:
 
 def _read(directory: Path) -> dict[str, VerifiedFile]:
     """Return the verified files by path; none if `.verified.json` is missing or unreadable."""
-    with contextlib.suppress(DatasetError):
-        return read_record(directory / VERIFIED_NAME, dict[str, VerifiedFile], DatasetError, "")
+    with contextlib.suppress(OSError, msgspec.DecodeError, UnicodeError):
+        return _decoder.decode(read_bytes(directory / VERIFIED_NAME))
     return {}
 
 
 def _write(directory: Path, verified: Mapping[str, VerifiedFile]) -> None:
     with contextlib.suppress(OSError):  # a read-only dataset is hashed each time instead
-        write_json(directory / VERIFIED_NAME, plain(verified), indent=0)
+        write_bytes(directory / VERIFIED_NAME, msgspec.json.encode(verified))
+
+
+_decoder = msgspec.json.Decoder(dict[str, VerifiedFile])
 
 
 @contextlib.contextmanager

@@ -8,9 +8,8 @@ import hashlib
 import os
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,14 +23,14 @@ from mmdata.shards import checksums
 from mmdata.shards.columns import read_back, shard_problems, source_problems
 from mmdata.shards.manifest import (
     MANIFEST,
+    PARTS,
     SPLITS,
     Manifest,
     PartRecord,
+    Parts,
     ShardRecord,
     check_sums,
     damaged,
-    part_files,
-    part_path,
     read_manifest,
 )
 
@@ -129,14 +128,21 @@ class Split:
         self.name = name
         self.kind = dataset.kind
         self.buckets = dataset.buckets
-        shards = [shard for shard in dataset.manifest.shards if shard.split == name]
-        self.totals = SplitTotals(*(sum(getattr(shard, name) for shard in shards) for name in SplitTotals._fields))
-        self._open = dataset.open_shard
-        self._shards: dict[int, list[ShardRecord]] = {bucket: [] for bucket in self.buckets}
+        self._dataset = dataset
+        self._sums: Counter[str] = Counter()
+        self._parts: dict[int, list[int]] = {bucket: [] for bucket in self.buckets}  # that each shard is of
         self._begins: dict[int, list[int]] = {bucket: [0] for bucket in self.buckets}  # of each shard: its first sample
-        for shard in sorted(shards, key=lambda shard: shard.part):
-            self._shards[shard.bucket].append(shard)
-            self._begins[shard.bucket].append(self._begins[shard.bucket][-1] + shard.samples)
+
+    def _add(self, shard: ShardRecord) -> None:
+        """Add a shard; those of a bucket by ascending parts."""
+        self._parts[shard.bucket].append(shard.part)
+        self._begins[shard.bucket].append(self._begins[shard.bucket][-1] + shard.samples)
+        self._sums.update({name: getattr(shard, name) for name in SplitTotals._fields})
+
+    @property
+    def totals(self) -> SplitTotals:
+        """Sums over all shards."""
+        return SplitTotals(*(self._sums[name] for name in SplitTotals._fields))
 
     def num_samples(self, bucket: int | None = None) -> int:
         """Return the number of samples in a bucket, or in all buckets if it is None."""
@@ -153,7 +159,7 @@ class Split:
     def part_of(self, bucket: int, i: int) -> int:
         """Return the part that sample i of a bucket was packed from; the ordinals in its `doc` count within the
         part."""
-        return self._shards[bucket][bisect_right(self._begins[bucket], i) - 1].part
+        return self._parts[bucket][bisect_right(self._begins[bucket], i) - 1]
 
     def shard_begins(self, bucket: int) -> list[int]:
         """Return the index in the bucket of the first sample of each of its shards."""
@@ -161,7 +167,7 @@ class Split:
 
     def shard(self, bucket: int, number: int) -> ArrowFile:
         """Return a shard of a bucket, by its number from 0."""
-        return self._open(self._shards[bucket][number])
+        return self._dataset.open_shard(self.name, bucket, self._parts[bucket][number])
 
     def batches(self, bucket: int, shard: int) -> list[tuple[int, BatchColumns]]:
         """Return (index in the bucket of the first sample, columns by name) of each Arrow record batch of shard number
@@ -172,8 +178,8 @@ class Split:
 
     def list_lengths(self, name: str) -> np.ndarray:
         """Return the lengths of the list column `name`: int64 [num_samples], by sample number."""
-        shards = (shard for bucket in self.buckets for shard in self._shards[bucket])
-        lengths = [batch[name].lengths() for shard in shards for batch in self._open(shard).batches]
+        shards = (self.shard(bucket, i) for bucket in self.buckets for i in range(len(self._parts[bucket])))
+        lengths = [batch[name].lengths() for shard in shards for batch in shard.batches]
         return np.concatenate(lengths, dtype=np.int64) if lengths else np.zeros(0, np.int64)
 
     def samples(self) -> Iterator[Any]:
@@ -218,9 +224,8 @@ def pair_view(columns: BatchColumns, i: int) -> PairView:
 class Dataset:
     """An opened packed dataset; create it with `open_dataset`. Pickling stores only the directory."""
 
-    def __init__(self, directory: Path, manifest: Manifest):
-        self.dir = directory
-        self.manifest = manifest
+    def __init__(self, directory: Path, manifest: Manifest, parts: Parts):
+        self.dir, self.manifest, self.parts = directory, manifest, parts
         self.kind = manifest.kind
         self.digest = manifest.dataset_digest
         self.max_len = manifest.max_len
@@ -229,9 +234,13 @@ class Dataset:
         self.tokenizer_sha256 = manifest.tokenizer.sha256
         self.tokenizer_dir = directory / "tokenizer"
         self.inputs = [file.path for file in manifest.inputs]  # paths as they were given to `mm pack`
-        self._files: OrderedDict[str, ArrowFile] = OrderedDict()  # that are mapped, the one used last at the end
+        self._files: OrderedDict[tuple[str, int, int], ArrowFile] = (
+            OrderedDict()
+        )  # mapped, the one used last at the end
         self._lock = threading.Lock()  # a loader reads ahead in a thread
         self._splits = {name: Split(self, name) for name in SPLITS}
+        for shard in self.parts.shards:
+            self._splits[shard.split]._add(shard)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_again, (self.dir,)
@@ -240,27 +249,18 @@ class Dataset:
         """Return the split "train" or "val". It may have no samples."""
         return self._splits[name]
 
-    @cached_property
-    def shards_of(self) -> dict[int, list[ShardRecord]]:
-        """The shards of each part that has any."""
-        found: dict[int, list[ShardRecord]] = {}
-        for shard in self.manifest.shards:
-            found.setdefault(shard.part, []).append(shard)
-        return found
+    def shards(self, split: str = "") -> list[ShardRecord]:
+        """Return the records of the shards of a split, or of both, by split, bucket and part."""
+        chosen = (shard for shard in self.parts.shards if split in ("", shard.split))
+        return sorted(chosen, key=lambda shard: shard.key)
 
-    def part_file(self, directory: str, part: int) -> str:
-        """Return the path of a part's file in "sources" or "rejected", relative to the dataset."""
-        return self._part_files[directory].get(part, part_path(directory, part))
-
-    @cached_property
-    def _part_files(self) -> dict[str, dict[int, str]]:
-        return {directory: part_files(self.manifest, directory) for directory in ("sources", "rejected")}
-
-    def open_shard(self, shard: ShardRecord) -> ArrowFile:
+    def open_shard(self, split: str, bucket: int, part: int) -> ArrowFile:
         """Return a memory-mapped shard. The MAX_MAPPED shards used last stay mapped. Raises DatasetError if it is no
         Arrow file, or has another number of samples than its record."""
+        key = (split, bucket, part)
         with self._lock:
-            if (file := self._files.get(shard.path)) is None:
+            if (file := self._files.get(key)) is None:
+                shard = next(each for each in self.parts[part].shards if each.key == key)
                 path = self.dir / shard.path
                 try:
                     file = read_arrow(path)
@@ -268,10 +268,10 @@ class Dataset:
                     raise damaged(self.dir, f"{path}: {error}") from error
                 if file.num_rows != shard.samples:
                     raise damaged(self.dir, f"{path} holds {file.num_rows:,} samples, expected {shard.samples:,}")
-                self._files[shard.path] = file
+                self._files[key] = file
                 if len(self._files) > MAX_MAPPED:
                     self._files.popitem(last=False)
-            self._files.move_to_end(shard.path)
+            self._files.move_to_end(key)
         return file
 
 
@@ -280,43 +280,44 @@ def open_dataset(directory: Path) -> Dataset:
     and counts of Arrow files. Files are read only the first time that a state of them is seen (about 1 GB/s a thread).
     Sources, statistics and rows left out may be missing. Raises DatasetError, which names the file."""
     manifest = read_manifest(directory)
-    for what in check_sums(manifest):
+    parts = Parts(directory, manifest)
+    for what in check_sums(manifest, parts):
         raise damaged(directory, f"{directory / MANIFEST}: {what}")
-    files = [
-        file
-        for file in manifest.all_files
-        if not file.path.startswith(OPTIONAL) or os.path.exists(os.path.join(directory, file.path))
-    ]
-    if (TOKENIZER, manifest.tokenizer.sha256) not in {(file.path, file.sha256) for file in files}:
+    if (TOKENIZER, manifest.tokenizer.sha256) not in {(file.path, file.sha256) for file in manifest.files}:
         raise damaged(directory, f"{directory / MANIFEST}: the sha256 of {TOKENIZER} is missing or another one")
-    for path, what in checksums.check(directory, files, manifest.content_digest, content_check(directory, manifest)):
+    files = (
+        file
+        for file in parts.files
+        if file.path != PARTS  # hashed by Parts
+        if not file.path.startswith(OPTIONAL) or os.path.exists(os.path.join(directory, file.path))
+    )
+    content_problem = content_check(directory, manifest, parts)
+    for path, what in checksums.check(directory, files, manifest.content_digest, content_problem):
         raise damaged(directory, f"{directory / path}: {what}")
-    return Dataset(directory, manifest)
+    return Dataset(directory, manifest, parts)
 
 
 def _open_again(directory: Path) -> Dataset:
     """Open a dataset that another process has opened already."""
-    return Dataset(directory, read_manifest(directory))
+    manifest = read_manifest(directory)
+    return Dataset(directory, manifest, Parts(directory, manifest))
 
 
-def content_check(directory: Path, manifest: Manifest) -> Callable[[FileEntry], str]:
+def content_check(directory: Path, manifest: Manifest, parts: Parts) -> Callable[[FileEntry], str]:
     """Return a function that returns the first problem of an Arrow file of a dataset whose hash is right: "" for none,
     and for other files."""
-    parts = {part.part: part for part in manifest.parts}
-    shards = {shard.path: shard for shard in manifest.shards}
-    sources = {path: parts[part] for part, path in part_files(manifest, "sources").items() if part in parts}
 
     def problem_of(file: FileEntry) -> str:
-        if file.path not in shards and file.path not in sources:
+        if not file.path.endswith(".arrow") or (part := parts.of_file(file.path)) is None:
             return ""
         try:
             opened = read_arrow(directory / file.path, is_checked=True)
         except ValueError as error:
             return str(error)
-        if file.path in sources:
-            return next(source_problems(opened, manifest, sources[file.path]), "")
-        shard = shards[file.path]
-        return next(shard_problems(opened, manifest, shard, parts[shard.part]), "")
+        if file in part.files:
+            return next(source_problems(opened, manifest, part), "")
+        shard = next(shard for shard in part.shards if shard.path == file.path)
+        return next(shard_problems(opened, manifest, shard, part), "")
 
     return problem_of
 
@@ -332,8 +333,8 @@ class PartRows:
         self.sources = open_sources(dataset, part.part)
         # Row i consists of the sequences numbered from _ends[i] to _ends[i + 1] (exclusive).
         self._ends = [*self.sources["first"].tolist(), part.sequences]
-        shards = [shard for shard in dataset.shards_of.get(part.part, ()) if shard.split in splits]
-        stored = [read_back(dataset.open_shard(shard), dataset.kind) for shard in shards]
+        shards = (shard for shard in part.shards if shard.split in splits)
+        stored = [read_back(dataset.open_shard(*shard.key), dataset.kind) for shard in shards]
         self._flat = join([flat for _, flat in stored])
         self._place = np.full(part.sequences, -1)  # of each sequence in _flat; -1 in another split
         ordinals = np.concatenate([np.empty(0, np.int64), *(ordinals for ordinals, _ in stored)])
@@ -380,14 +381,14 @@ def open_sources(dataset: Dataset, part: int) -> dict[str, np.ndarray]:
     """Read where the packed rows of a part came from: arrays with an entry for each row that was not left out. file:
     index in `dataset.inputs`. line: from 1. offset: byte offset of the line. sha: uint8 [n, 8], first bytes of the
     line's sha256. first: number, in the part, of the row's first sequence."""
-    file = read_arrow(dataset.dir / dataset.part_file("sources", part))
+    file = read_arrow(dataset.dir / dataset.parts[part].file_in("sources"))
     return {name: file.column(name) for name in ("file", "line", "offset", "sha", "first")}
 
 
 def source_rows(dataset: Dataset, split: str = "all") -> Iterator[dict[str, Any]]:
     """Yield a record for each packed source row, in source order: "file", "line", and the keys of `sequence_records`; a
     row packed as several sequences is joined. One part is in memory at a time. split: "train", "val" or "all"."""
-    for part in dataset.manifest.parts:
+    for part in dataset.parts:
         if part.sequences == 0:
             continue
         rows = PartRows(dataset, part, SPLITS if split == "all" else (split,))

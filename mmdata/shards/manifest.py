@@ -1,9 +1,15 @@
-"""manifest.json of a packed dataset: records, reading, and the dataset's digest. shards/README.md explains the keys."""
+"""manifest.json and parts.jsonl of a packed dataset: records, reading, and the dataset's digest. shards/README.md
+explains the keys."""
 
 import hashlib
 import json
+import mmap
 import re
-from collections.abc import Iterator, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -13,10 +19,11 @@ from mmdata.errors import DatasetError
 from mmdata.io.files import info_of, read_bytes
 from mmdata.io.options import ReadOptions
 from mmdata.io.records import Count, FileEntry, PathText, Positive, Share, convert_record, decode_record, explain
+from mmdata.shards.checksums import difference
 from mmdata.tokenizer.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST, PARTS = "manifest.json", "parts.jsonl"
 SPLITS = ("train", "val")
 KINDS = ("document", "conversation", "pair")
 PARTS_A_DIRECTORY = 4096  # more files slow some file systems down
@@ -125,20 +132,6 @@ class EncoderRecord(msgspec.Struct, frozen=True):
     given_up: Count  # parts packed with the reference encoder after a difference was found
 
 
-class PartRecord(msgspec.Struct, frozen=True):
-    """The counts of one part: rows = kept + left out, and tokens in = tokens + cut. kept: rows that were packed."""
-
-    part: Count
-    rows: Count
-    kept: Count
-    left_out: dict[str, Count]  # rows by reason
-    tokens_in: Count
-    tokens: Count
-    cut: dict[str, Count]  # tokens dropped, by reason
-    sequences: Count
-    sequence_digest: str
-
-
 class ShardRecord(msgspec.Struct, frozen=True):
     """One shard. model_tokens: tokens that a model computes (a pair's prompt counts twice). loss_tokens: trained
     tokens."""
@@ -158,9 +151,46 @@ class ShardRecord(msgspec.Struct, frozen=True):
     token_digest: str
 
     @property
+    def key(self) -> tuple[str, int, int]:
+        """Split, bucket and part, which no other shard has."""
+        return self.split, self.bucket, self.part
+
+    @property
+    def tokens_key(self) -> tuple[str, int, int, int, str]:
+        """Split, bucket, part, number of samples and token digest: what the dataset's digest depends on."""
+        return *self.key, self.samples, self.token_digest
+
+    @property
     def file(self) -> FileEntry:
         """The path, size and sha256 of the shard's file."""
         return FileEntry(self.path, self.bytes, self.sha256)
+
+
+class PartRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A line of parts.jsonl: the counts of one part, rows = kept + left out and tokens in = tokens + cut, its shards, and
+    its other files. kept: rows that were packed."""
+
+    part: Count
+    rows: Count
+    kept: Count
+    left_out: dict[str, Count]  # rows by reason
+    tokens_in: Count
+    tokens: Count
+    cut: dict[str, Count]  # tokens dropped, by reason
+    sequences: Count
+    sequence_digest: str
+    shards: list[ShardRecord] = []
+    files: list[FileEntry] = []  # sources and rejected rows
+
+    @property
+    def all_files(self) -> Iterator[FileEntry]:
+        """All files of the part."""
+        return chain((shard.file for shard in self.shards), self.files)
+
+    def file_in(self, directory: str) -> str:
+        """Return the path of the part's file in "sources" or "rejected", whether there is one or not."""
+        found = (file.path for file in self.files if file.path.startswith(f"{directory}/"))
+        return next(found, part_path(directory, self.part))
 
 
 class DatasetTotals(msgspec.Struct, frozen=True, kw_only=True):
@@ -252,38 +282,124 @@ class DatasetStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(DatasetHeader, frozen=True, kw_only=True):
-    """The content of manifest.json."""
+    """The content of manifest.json. parts, shards: only in datasets of older versions, whose `files` also have those of
+    the parts; see `Parts`."""
 
     encoders: list[EncoderRecord] = []
-    parts: list[PartRecord]
-    shards: list[ShardRecord]
+    parts: list[PartRecord] | msgspec.UnsetType = msgspec.UNSET
+    shards: list[ShardRecord] | msgspec.UnsetType = msgspec.UNSET
     totals: DatasetTotals
     dataset_digest: str
-    files: list[FileEntry]  # all other files: sources, rejected rows, tokenizer, stats.json
+    files: list[FileEntry]  # of no part: the tokenizer's, stats.json, parts.jsonl
 
     def __post_init__(self) -> None:
-        """Raise ValueError if a field names what cannot be: a file outside of the dataset, a bucket, split or part."""
-        parts = {part.part for part in self.parts}
-        for file in self.all_files:
-            if ".." in Path(file.path).parts or Path(file.path).is_absolute():
-                raise ValueError(f"{file.path} is not inside the dataset")
+        """Raise ValueError if a field has a value that cannot be: a file outside of the dataset, kind, or buckets."""
+        _check_inside(self.files)
         if self.kind not in KINDS or list(self.buckets) != sorted({*self.buckets}):
             raise ValueError(f"kind is {self.kind}, buckets are {list(self.buckets)}")
-        for shard in self.shards:
-            if shard.split not in SPLITS or shard.bucket not in self.buckets or shard.part not in parts:
-                raise ValueError(f"{shard.path} is of split {shard.split}, bucket {shard.bucket}, part {shard.part}")
-            if not shard.samples:
-                raise ValueError(f"{shard.path} has no samples")
 
     @property
     def content_digest(self) -> str:
         """The sha256 of all fields, in hex digits: what files were compared with."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
 
+
+class Parts:
+    """The records of the parts of a dataset, by number: lines of parts.jsonl, which is mapped; a line is decoded when it
+    is asked for. Datasets of older versions have them in the manifest. Raises DatasetError if the file is not the one
+    that the manifest names, or a record is invalid."""
+
+    def __init__(self, directory: Path, manifest: Manifest):
+        self._dir, self._manifest = directory, manifest
+        self._ends = array("q", [0])
+        if manifest.parts is not msgspec.UNSET:
+            try:
+                self._lines = b"".join(msgspec.json.encode(part) + b"\n" for part in _parts_inside(manifest))
+            except ValueError as error:
+                raise damaged(directory, f"{directory / MANIFEST}: {error}") from None
+        else:
+            entry = next((file for file in manifest.files if file.path == PARTS), FileEntry(PARTS, 1, ""))
+            if what := difference(directory, entry):
+                raise DatasetError(f"{directory / PARTS} {what}", f"mm pack FILE --out {directory}")
+            with (directory / PARTS).open("rb") as file:
+                self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if entry.bytes else b""
+        while end := self._lines.find(b"\n", self._ends[-1]) + 1:
+            self._ends.append(end)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __iter__(self) -> Iterator[PartRecord]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, number: int) -> PartRecord:
+        try:
+            part = _part_decoder.decode(self._lines[self._ends[number] : self._ends[number + 1]])
+            self._check(part, number)
+        except (msgspec.DecodeError, ValueError) as error:
+            what = explain(error) if isinstance(error, msgspec.ValidationError) else str(error)
+            raise damaged(self._dir, f"{self._dir / PARTS}: part {number}: {what}") from None
+        return part
+
+    def _check(self, part: PartRecord, number: int) -> None:
+        """Raise ValueError if a record names what cannot be."""
+        if part.part != number:
+            raise ValueError(f"it is of part {part.part}")
+        _check_inside(part.all_files)
+        for shard in part.shards:
+            if shard.split not in SPLITS or shard.bucket not in self._manifest.buckets or shard.part != number:
+                raise ValueError(f"{shard.path} is of split {shard.split}, bucket {shard.bucket}, part {shard.part}")
+            if not shard.samples:
+                raise ValueError(f"{shard.path} has no samples")
+
     @property
-    def all_files(self) -> list[FileEntry]:
-        """All files of the dataset except the manifest."""
-        return [*self.files, *(shard.file for shard in self.shards)]
+    def shards(self) -> Iterator[ShardRecord]:
+        """The shards of all parts, by part, split and bucket."""
+        return (shard for part in self for shard in part.shards)
+
+    @property
+    def files(self) -> Iterator[FileEntry]:
+        """All files of the dataset except the manifest: those of no part, then those of each part."""
+        return chain(self._shared, chain.from_iterable(part.all_files for part in self))
+
+    @cached_property
+    def _shared(self) -> list[FileEntry]:
+        is_old = self._manifest.parts is not msgspec.UNSET
+        return [file for file in self._manifest.files if not (is_old and _number_in(file.path) is not None)]
+
+    def of_file(self, path: str) -> PartRecord | None:
+        """Return the part that a file is of; None if it is of none."""
+        number = _number_in(path)
+        return self[number] if number is not None and number < len(self) else None
+
+
+_part_decoder = msgspec.json.Decoder(PartRecord)
+
+
+def _check_inside(files: Iterable[FileEntry]) -> None:
+    for file in files:
+        if ".." in Path(file.path).parts or Path(file.path).is_absolute():
+            raise ValueError(f"{file.path} is not inside the dataset")
+
+
+def _number_in(path: str) -> int | None:
+    """Return the number of the part that a file is of; None for a file of no part."""
+    match = re.search(r"part-(\d+)\.(?:arrow|jsonl)$", path)
+    return int(match[1]) if match else None
+
+
+def _parts_inside(manifest: Manifest) -> Iterator[PartRecord]:
+    """Yield the records of the parts of a manifest that has them inside, with their shards and files."""
+    shards: dict[int, list[ShardRecord]] = {}
+    files: dict[int | None, list[FileEntry]] = {}
+    for shard in manifest.shards or ():
+        shards.setdefault(shard.part, []).append(shard)
+    for file in manifest.files:
+        files.setdefault(_number_in(file.path), []).append(file)
+    for part in manifest.parts or ():
+        yield msgspec.structs.replace(part, shards=shards.pop(part.part, []), files=files.pop(part.part, []))
+    if unknown := {*shards, *files} - {None}:
+        raise ValueError(f"it has files of part {unknown.pop()}, but no record of it")
 
 
 def folder_of(part: int) -> str:
@@ -296,39 +412,32 @@ def part_path(directory: str, part: int) -> str:
     return f"{directory}/{folder_of(part)}part-{part:05d}{'.jsonl' if directory == 'rejected' else '.arrow'}"
 
 
-def part_files(manifest: Manifest, directory: str) -> dict[int, str]:
-    """Return the paths of the files in "sources" or "rejected" by the number of their part. Older datasets have them all
-    in one folder."""
-    found = ((re.search(r"part-(\d+)\.", file.path), file.path) for file in manifest.files)
-    return {int(match[1]): path for match, path in found if match and path.startswith(f"{directory}/")}
+def dataset_digest(kind: str, max_len: int, tokens: Iterable[tuple[str, int, int, int, str]]) -> str:
+    """Return the sha256 over row kind, length limit, and `ShardRecord.tokens_key` of all shards, in any order."""
+    return hashlib.sha256(json.dumps([kind, max_len, sorted(tokens)]).encode()).hexdigest()
 
 
-def dataset_digest(kind: str, max_len: int, shards: Sequence[ShardRecord]) -> str:
-    """Return the sha256 over row kind, length limit, and split, bucket, part, number of samples and token digest of all
-    shards, in any order."""
-    lines = sorted((s.split, s.bucket, s.part, s.samples, s.token_digest) for s in shards)
-    return hashlib.sha256(json.dumps([kind, max_len, lines]).encode()).hexdigest()
-
-
-def check_sums(manifest: Manifest) -> Iterator[str]:
-    """Yield the differences between sums that must be equal within the manifest."""
-    totals, parts, shards = manifest.totals, manifest.parts, manifest.shards
-    sums = {
+def check_sums(manifest: Manifest, parts: Parts) -> Iterator[str]:
+    """Yield the differences between sums that must be equal within the records."""
+    totals = manifest.totals
+    of_parts: Counter[str] = Counter()
+    of_shards: Counter[str] = Counter()
+    for part in parts:
+        for name in ("rows", "kept", "tokens_in", "tokens", "sequences"):
+            of_parts[name] += getattr(part, name)
+        for shard in part.shards:
+            of_shards["kept"] += shard.rows
+            for name in ("tokens", "loss_tokens", "sequences", "samples"):
+                of_shards[name] += getattr(shard, name)
+    of_totals = {
         "rows": totals.kept + sum(totals.left_out.values()),
         "tokens_in": totals.tokens + sum(totals.cut.values()),
-        "kept": sum(shard.rows for shard in shards),
-        **{
-            name: sum(getattr(shard, name) for shard in shards)
-            for name in ("tokens", "loss_tokens", "sequences", "samples")
-        },
     }
-    for name, actual in sums.items():
-        if actual != (total := getattr(totals, name)):
-            yield f"its {name} sum to {actual:,}, its total says {total:,}"
-    for name in ("rows", "kept", "tokens_in", "tokens", "sequences"):
-        if (actual := sum(getattr(part, name) for part in parts)) != (total := getattr(totals, name)):
-            yield f"{name} of its parts sum to {actual:,}, its total says {total:,}"
-    digest = dataset_digest(manifest.kind, manifest.max_len, shards)
+    for whose, sums in (("its", of_totals), ("its shards'", of_shards), ("its parts'", of_parts)):
+        for name, actual in sums.items():
+            if actual != (total := getattr(totals, name)):
+                yield f"{whose} {name} sum to {actual:,}, its total says {total:,}"
+    digest = dataset_digest(manifest.kind, manifest.max_len, (shard.tokens_key for shard in parts.shards))
     if digest != manifest.dataset_digest:
         yield f"dataset_digest is {manifest.dataset_digest}, its shards give {digest}"
 
@@ -370,4 +479,5 @@ def read_manifest(directory: Path) -> Manifest:
 
 def every_file(directory: Path) -> list[FileEntry]:
     """Return the records of all files of a dataset in the order in which to copy them: the manifest last."""
-    return [*read_manifest(directory).all_files, FileEntry(MANIFEST, *info_of(directory / MANIFEST))]
+    parts = Parts(directory, read_manifest(directory))
+    return [*parts.files, FileEntry(MANIFEST, *info_of(directory / MANIFEST))]

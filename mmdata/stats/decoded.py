@@ -29,7 +29,7 @@ def encoded_at(dataset: Dataset, places: Iterable[tuple[str, int]]) -> dict[tupl
     wanted: dict[str, list[int]] = {}
     for file, line in sorted(set(places)):
         wanted.setdefault(file, []).append(line)
-    for part in dataset.manifest.parts:
+    for part in dataset.parts:
         if not part.kept:
             continue
         sources = open_sources(dataset, part.part)

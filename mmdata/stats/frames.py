@@ -91,8 +91,8 @@ def samples(dataset: str | Path) -> pl.LazyFrame:
     types = {name: dtype for name, (dtype, _) in SAMPLE_COLUMNS.items()}
 
     def read(names: Names) -> Iterator[pl.DataFrame]:
-        for entry in opened.manifest.shards:
-            file = opened.open_shard(entry)
+        for entry in opened.shards():
+            file = opened.open_shard(*entry.key)
             if opened.kind == "pair":
                 prompt, *sides = (file.column(name).lengths() for name in ("prompt", "chosen", "rejected"))
                 sequences, tokens = np.ones(len(prompt)), prompt + sum(sides)
@@ -140,7 +140,7 @@ def _lazy(
 def _rows_of_dataset(dataset: Dataset, names: Names) -> Iterator[pl.DataFrame]:
     """Yield frames of the packed rows of a dataset."""
     reader = RowReader(dataset.kind, tuple(names))
-    parts = [part for part in dataset.manifest.parts if part.kept]
+    parts = [part for part in dataset.parts if part.kept]
     of_texts = [name for name in names if COLUMNS[name].maker not in ("", TOKENS)]
     of_texts += ["characters"] if "characters_per_token" in names and "characters" not in of_texts else []
     text_reader = RowReader(dataset.kind, tuple(of_texts))
@@ -170,7 +170,7 @@ def _of_part(
 ) -> pl.DataFrame:
     """Return the columns of the packed rows of a part. read: returns those of their texts; None if none are needed."""
     sources = open_sources(dataset, part.part)
-    stored = [read_back(dataset.open_shard(entry), dataset.kind) for entry in dataset.shards_of[part.part]]
+    stored = [read_back(dataset.open_shard(*entry.key), dataset.kind) for entry in part.shards]
     order = np.argsort(np.concatenate([ordinals for ordinals, _ in stored]), kind="stable")
     first = sources["first"].astype(np.int64)
     tokens, trained = (

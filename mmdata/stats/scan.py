@@ -297,7 +297,7 @@ def scan_some(paths: Sequence[Path | None], dataset: Dataset, rows: Mapping[int,
     """Count some rows of a dataset, read from its inputs at their byte offsets, a scan per part; none if an input is
     missing, compressed or not jsonl. paths: of inputs, None if missing. rows: indices of the rows, by part."""
     scanned = []
-    for part in dataset.manifest.parts:
+    for part in dataset.parts:
         if not part.kept:
             continue
         sources = open_sources(dataset, part.part)
@@ -339,7 +339,7 @@ def scan_decoded(
 ) -> list[PartScan]:
     """Count rows of a dataset, decoded from its shards, a scan per part. rows: indices of the rows, by part. wanted:
     rows to show, with their loss. progress: called with the rows decoded and to decode."""
-    parts = [part for part in dataset.manifest.parts if part.kept and len(rows[part.part])]
+    parts = [part for part in dataset.parts if part.kept and len(rows[part.part])]
     total = sum(len(rows[part.part]) for part in parts)
     num_bytes = sum(entry.bytes for entry in dataset.manifest.inputs) * total / max(dataset.manifest.totals.kept, 1)
     drawn = min(1.0, SAMPLE_BYTES / max(num_bytes, 1))
@@ -387,10 +387,11 @@ def scan_shards(
     """Count the tokens of a dataset, or of about a share of its samples, from its shards. A share below 1, or at most
     2^25 tokens, is read in this process, whatever `workers` is. rows: indices of the rows to count, by part; None for
     all."""
-    entries = dataset.manifest.shards
+    entries = dataset.shards()
     total = sum(entry.tokens for entry in entries)
     workers = workers if share >= 1 and total > 2**25 else 1
-    count = partial(_count_shard, dataset, vocabulary, rows, share)
+    stretches = max(1, STRETCHES // max(1, len(entries)))
+    count = partial(_count_shard, dataset, vocabulary, rows, share, stretches)
     make = partial(partial, count)  # make() returns a function that is called as count(entry, tick)
     tally = Tally()
     for counted in run_jobs(make, entries, total=total, workers=workers):
@@ -403,13 +404,15 @@ def _count_shard(
     vocabulary: Vocabulary,
     rows: Mapping[int, np.ndarray] | None,
     share: float,
+    stretches: int,
     entry: ShardRecord,
     tick: Tick,
 ) -> Tally:
-    """Count the tokens of a shard, or of a share of its samples. `tick` is called once, with all the shard's tokens."""
-    tally, stretches = Tally(), max(1, STRETCHES // len(dataset.manifest.shards))
+    """Count the tokens of a shard, or of a share of its samples in so many `stretches`. `tick` is called once, with all
+    the shard's tokens."""
+    tally = Tally()
     first = open_sources(dataset, entry.part)["first"] if rows is not None else None
-    for batch in dataset.open_shard(entry).batches:
+    for batch in dataset.open_shard(*entry.key).batches:
         for columns in _slices(batch, entry.bucket, share, stretches):
             ordinals, sequences = read_back(ArrowFile({}, (columns,)), dataset.kind)
             if rows is not None and first is not None:

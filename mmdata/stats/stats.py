@@ -194,7 +194,7 @@ def measure_dataset(
     num_bytes = sum(entry.bytes for entry in dataset.manifest.inputs)
     least, most = QUICK_BYTES
     share = min(1.0, min(max(num_bytes * QUICK_SHARE, least), most) / max(num_bytes, 1)) if is_quick else 1.0
-    parts = [part for part in dataset.manifest.parts if part.kept]
+    parts = [part for part in dataset.parts if part.kept]
     rows = _rows_where(dataset, where) if where is not None else {p.part: evenly(p.kept, share) for p in parts}
     tokens = scan.scan_shards(dataset, vocabulary, rows if where is not None else None, share=share, workers=workers)
     wanted = _highest(losses)
@@ -274,7 +274,7 @@ def _with_ids(row: SampleRow, ids: Mapping[tuple[str, int], Sequences]) -> Sampl
 def _rows_where(dataset: Dataset, where: str) -> dict[int, np.ndarray]:
     """Return, by part, the indices of the packed rows for which a condition holds."""
     condition = Where(where)
-    parts = [part for part in dataset.manifest.parts if part.kept]
+    parts = [part for part in dataset.parts if part.kept]
     frame = frames.rows(dataset.dir).select(condition.names or ["line"]).collect()
     holds = condition.holds(frame).to_numpy()
     if not holds.any():
@@ -288,8 +288,8 @@ def _packed_figures(dataset: Dataset, is_quick: bool) -> Figures:
     longer side's, prompt included), and what length limits would cut.
     """
     lengths = pl.DataFrame(schema={"bucket": pl.Int64, "value": pl.Int64})
-    for entry in dataset.manifest.shards:
-        for batch in dataset.open_shard(entry).batches:
+    for entry in dataset.shards():
+        for batch in dataset.open_shard(*entry.key).batches:
             if dataset.kind == "pair":
                 sides = [batch[side].lengths() for side in ("chosen", "rejected")]
                 values = batch["prompt"].lengths() + np.maximum(*sides)
@@ -319,7 +319,7 @@ def _scan_inputs(
     if len(paths) < len(dataset.inputs):
         return []
     left_out: dict[str, set[int]] = {}
-    for part in dataset.manifest.parts:
+    for part in dataset.parts:
         for record in _rejected_rows(dataset, part):
             left_out.setdefault(record["file"], set()).add(record["line"])
         if part.kept and len(rows[part.part]) < part.kept:
@@ -341,7 +341,7 @@ def _inputs(dataset: Dataset) -> list[Path | None]:
 
 def _rejected_rows(dataset: Dataset, part: PartRecord) -> Iterator[Figures]:
     """Yield the records of the rows of a part that packing left out (from rejected/); none if there is no such file."""
-    path = dataset.dir / dataset.part_file("rejected", part.part)
+    path = dataset.dir / part.file_in("rejected")
     if path.exists():
         with path.open(encoding="utf-8") as file:
             yield from map(json.loads, file)
@@ -351,8 +351,8 @@ def _rejected(dataset: Dataset) -> dict[str, list[Figures]]:
     """Return records of the first NUM_EXAMPLES rows that packing left out for each reason: file, line, detail and raw
     (the beginning of the line)."""
     examples: dict[str, list[Figures]] = {}
-    missing = {reason for part in dataset.manifest.parts for reason in part.left_out}
-    for part in dataset.manifest.parts:
+    missing = {reason for part in dataset.parts for reason in part.left_out}
+    for part in dataset.parts:
         for record in _rejected_rows(dataset, part) if missing & part.left_out.keys() else ():
             of_reason = examples.setdefault(record["reason"], [])
             if len(of_reason) < NUM_EXAMPLES:
@@ -367,7 +367,7 @@ def _rejected(dataset: Dataset) -> dict[str, list[Figures]]:
 
 def _line_duplicates(dataset: Dataset) -> Figures:
     """Return the number of exact duplicates among the packed rows, by the hashes of lines that packing recorded."""
-    parts = [part.part for part in dataset.manifest.parts if part.kept]
+    parts = [part.part for part in dataset.parts if part.kept]
     sha256s = [np.ascontiguousarray(open_sources(dataset, part)["sha"]) for part in parts]
     hashes = pl.Series(np.concatenate([each.view(np.uint64).reshape(-1) for each in sha256s]))
     repeats = len(hashes) - hashes.n_unique()
@@ -377,12 +377,13 @@ def _line_duplicates(dataset: Dataset) -> Figures:
 def _sources(dataset: Dataset, scans: Sequence[PartScan]) -> list[Figures]:
     """Return figures of each input: rows, tokens, bytes and, if its texts were read, languages and exact duplicates.
     scans: of all rows, or empty."""
-    file_of = {}
-    for part in dataset.manifest.parts:
+    names = {"kept": "rows", "tokens": "tokens", "loss_tokens": "loss_tokens"}
+    sums = [dict.fromkeys(names, 0) for _ in dataset.inputs]
+    for part in dataset.parts:
         if part.kept:
-            file_of[part.part] = int(
-                read_arrow(dataset.dir / dataset.part_file("sources", part.part)).column("file")[0]
-            )
+            of_input = sums[int(read_arrow(dataset.dir / part.file_in("sources")).column("file")[0])]
+            for name, field in names.items():
+                of_input[name] += sum(getattr(shard, field) for shard in part.shards)
     sources = []
     for number, path in enumerate(dataset.inputs):
         source: Figures = {}
@@ -391,10 +392,7 @@ def _sources(dataset: Dataset, scans: Sequence[PartScan]) -> list[Figures]:
             languages = dict(tally.frame("rows", "language")["language"].value_counts().rows())
             source["languages"] = {name: languages.get(name, 0) for name in LANGUAGES}
             source["exact_duplicates"] = int(is_repeat(tally).sum())
-        entries = [entry for entry in dataset.manifest.shards if file_of[entry.part] == number]
-        source |= {"path": path, "bytes": dataset.manifest.inputs[number].bytes}
-        for name, key in (("kept", "rows"), ("tokens", "tokens"), ("loss_tokens", "loss_tokens")):
-            source[name] = sum(getattr(entry, key) for entry in entries)
+        source |= {"path": path, "bytes": dataset.manifest.inputs[number].bytes, **sums[number]}
         sources.append(source)
     return sources
 

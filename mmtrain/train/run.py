@@ -435,7 +435,7 @@ def _new_record(plan: TrainPlan, world: World, model: Model, with_speed: bool) -
 def _padded_fill(plan: TrainPlan) -> float:
     """Return the share of positions that would hold tokens if every sample of the train split (for pairs, every side)
     were padded to its bucket instead of packed."""
-    shards = [shard for dataset in plan.datasets for shard in dataset.manifest.shards if shard.split == "train"]
+    shards = [shard for dataset in plan.datasets for shard in dataset.shards("train")]
     positions = sum((2 if plan.is_pairs else 1) * shard.samples * shard.bucket for shard in shards)
     return sum(shard.model_tokens for shard in shards) / max(1, positions)
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from mmdata.io.arrow import ragged, write_arrow  # noqa: E402
 from mmdata.io.records import write_record  # noqa: E402
-from mmdata.pack.summary import manifest_of  # noqa: E402
+from mmdata.pack.summary import Summary  # noqa: E402
 from mmdata.shards.dataset import open_dataset  # noqa: E402
 from mmdata.shards.loader import Loader  # noqa: E402
 from mmdata.shards.manifest import (  # noqa: E402
@@ -84,7 +84,7 @@ def make_dataset(root: Path, num_packs: int) -> None:
         write_shard(root, header, part, min(PACKS_A_SHARD, num_packs - begin), draw)
         for part, begin in enumerate(range(0, num_packs, PACKS_A_SHARD))
     ]
-    manifest = msgspec.structs.replace(manifest_of(header, [], []), shards=records, dataset_digest="bench")
+    manifest = msgspec.structs.replace(Summary(header).manifest([]), parts=[], shards=records, dataset_digest="bench")
     write_record(root / MANIFEST, manifest)
 
 
@@ -166,7 +166,7 @@ def main() -> None:
             ),
             "bound: the ids' views joined and cast, nothing else": rate(lambda k: copy_only(views[k % num_batches])),
         }
-        size = sum(shard.bytes for shard in dataset.manifest.shards)
+        size = sum(shard.bytes for shard in dataset.shards())
         rows = Path(directory) / "rows.npy"
         np.save(rows, np.random.default_rng(2).integers(0, VOCAB, (PEER_ROWS, BUCKET)).astype(np.uint16))
         for name in PEERS:

@@ -43,7 +43,7 @@ def lengths_of(directory: Path) -> tuple[list[np.ndarray], tuple[int, ...]]:
     """The lengths of each part's train sequences, in source order, and the buckets."""
     dataset = open_dataset(directory)
     parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for entry in dataset.manifest.shards:
+    for entry in dataset.shards():
         if entry.split == "train":
             file = read_arrow(directory / entry.path)
             parts.setdefault(entry.part, []).append((file.column("doc").values, file.column("doc_len").values))

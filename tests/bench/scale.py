@@ -265,7 +265,7 @@ def constants(path: Path, tokenizer: Path, root: Path) -> dict[str, float]:
     from mmdata.io.records import decode_record
     from mmdata.pack import inputs, pipeline
     from mmdata.pack.part import PartPacker, PartResult, PartSettings
-    from mmdata.pack.summary import manifest_of, stats_of
+    from mmdata.pack.summary import Summary, part_record
 
     def timed(run: Callable[[], Any]) -> tuple[float, Any]:
         begun = time.process_time()
@@ -297,17 +297,25 @@ def constants(path: Path, tokenizer: Path, root: Path) -> dict[str, float]:
     found["open, GB/s"] = num_bytes / GB / timed(lambda: open_dataset(dataset))[0]
     content = msgspec.json.encode(results[0])
     spent, many = timed(lambda: [decode_record(content, PartResult, "", DatasetError, "") for _ in range(1000)])
-    tracemalloc.start()
-    kept = decode_record(content, PartResult, "", DatasetError, "")
-    found["result, kB"] = tracemalloc.get_traced_memory()[0] / 1000
-    tracemalloc.stop()
-    del kept
     for number, result in enumerate(many):
         result.number = number
         result.shards = [msgspec.structs.replace(shard, part=number) for shard in result.shards]
-    of_manifest, manifest = timed(lambda: manifest_of(job.header, many, []))
-    found["record, ms"] = spent + 2 * of_manifest + timed(lambda: stats_of(manifest, many))[0]
-    return found | {"manifest, kB": len(msgspec.json.encode(manifest)) / 1e6}
+    tracemalloc.start()
+    summary, lines = Summary(job.header), 0
+    for result in many:
+        summary.add(result)
+    found["result, kB"] = tracemalloc.get_traced_memory()[0] / 1e6
+    tracemalloc.stop()
+
+    def summarize() -> int:
+        again = Summary(job.header)
+        for result in many:
+            again.add(result)
+        again.stats(), again.manifest([])
+        return sum(len(msgspec.json.encode(part_record(result))) + 1 for result in many)
+
+    spent_again, lines = timed(summarize)
+    return found | {"record, ms": spent + spent_again, "parts.jsonl, kB": lines / 1e6}
 
 
 def peak_mb() -> float:

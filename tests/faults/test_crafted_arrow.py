@@ -14,6 +14,7 @@ import torch
 from damage import SEED, refusal
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from pack_data import make_old, old_manifest
 from test_records_and_shards import read_everything
 
 from mmdata.io.files import info_of
@@ -181,8 +182,7 @@ def batches(table: Table, schema: Any, sizes: list[int]) -> Iterator[Any]:
 
 def refit(directory: Path, path: str, table: Table) -> None:
     """Make the manifest's hash, and the counts that a careful stranger would change with it, fit a file."""
-    manifest = json.loads((directory / "manifest.json").read_bytes())
-    manifest.pop("record_sha256", None)
+    manifest = old_manifest(directory)
     entry = next(each for each in manifest["shards"] + manifest["files"] if each["path"] == path)
     entry.update(info_of(directory / path)._asdict())
     columns = {name: values for name, _, values in table}
@@ -226,9 +226,12 @@ def check_limits(directory: Path) -> None:
 
 @pytest.fixture
 def copies(packed: "dict[str, PackResult]", tmp_path: Path) -> dict[str, Path]:
-    return {
+    found = {
         kind: Path(shutil.copytree(packed[kind].out, tmp_path / kind)) for kind in ("document", "conversation", "pair")
     }
+    for directory in found.values():
+        make_old(directory)
+    return found
 
 
 @seed(SEED)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from damage import SEED, attack, attack_record, refusal, torn
+from pack_data import make_old, old_manifest
 
 from mmdata.errors import DatasetError
 from mmdata.hub.lockfile import LOCK_NAME, LockEntry, read_lock, write_entry
@@ -39,13 +40,18 @@ def read_everything(directory: Path) -> Any:
 
 
 @pytest.mark.parametrize("share", SHARES)
-def test_a_damaged_manifest(small: Path, share: float) -> None:
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_damaged_manifest(small: Path, share: float, is_old: bool) -> None:
+    if is_old:
+        make_old(small)
     counts = attack_record(small / "manifest.json", lambda: read_everything(small), share)
     assert counts["refused"] > counts["other"]
 
 
 @pytest.mark.parametrize("number", [8, pytest.param(300, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["train", "sources", "stats.json", "tokenizer/tokenizer.json", ".verified.json"])
+@pytest.mark.parametrize(
+    "name", ["train", "sources", "stats.json", "parts.jsonl", "tokenizer/tokenizer.json", ".verified.json"]
+)
 def test_damaged_files_of_a_dataset(small: Path, name: str, number: int) -> None:
     open_dataset(small)
     path = small / name
@@ -80,8 +86,7 @@ def test_a_damaged_lock(tmp_path: Path, share: float) -> None:
 
 def crafted(directory: Path, change: Callable[[dict[str, Any]], Any], name: str = "train") -> None:
     """Rewrite the first shard (or file of sources) with other columns, and its hash in the manifest, as a stranger might."""
-    manifest = json.loads((directory / "manifest.json").read_bytes())
-    del manifest["record_sha256"]
+    manifest = old_manifest(directory)
     files = manifest["shards"] if name == "train" else manifest["files"]
     entry = next(file for file in files if file["path"].startswith(name))
     path = directory / entry["path"]
@@ -134,7 +139,8 @@ def test_a_crafted_shard_is_refused_on_opening(small: Path, case: str) -> None:
 
 def test_offsets_are_validated(small: Path) -> None:
     """Written byte by byte, since pyarrow's writer checks some of them."""
-    shard = json.loads((small / "manifest.json").read_bytes())["shards"][0]
+    manifest = old_manifest(small)
+    shard = manifest["shards"][0]
     path = small / shard["path"]
     offsets = read_arrow(path).batches[0]["prompt"].offsets
     content, old = path.read_bytes(), offsets.tobytes()
@@ -143,8 +149,6 @@ def test_offsets_are_validated(small: Path) -> None:
         changed = offsets.copy()
         changed[at] = value
         path.write_bytes(content.replace(old, changed.tobytes(), 1))
-        manifest = json.loads((small / "manifest.json").read_bytes())
-        manifest.pop("record_sha256", None)
         manifest["shards"][0].update(info_of(path)._asdict())
         (small / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(DatasetError, match=shard["path"]):
@@ -154,8 +158,7 @@ def test_offsets_are_validated(small: Path) -> None:
 @pytest.mark.parametrize("number", [30, pytest.param(2000, marks=pytest.mark.slow)])
 def test_random_bytes_with_right_hashes(small: Path, number: int) -> None:
     """The structure is what is left to refuse: flips anywhere in the file, the manifest agreeing."""
-    manifest = json.loads((small / "manifest.json").read_bytes())
-    del manifest["record_sha256"]
+    manifest = old_manifest(small)
     path = small / manifest["shards"][0]["path"]
     draw = random.Random(SEED)
     for content in torn(path.read_bytes(), draw, number):

@@ -3,7 +3,7 @@
 A first pass over the parts writes hashes of each row (its keys) to the directory in which the dataset is being packed.
 The keys of all parts are then compared, and for each part a file is written with the lines to leave out. Of equal rows,
 the first by input file and offset is packed, whichever process packs it. Memory: 24 bytes a row of the dataset, and the
-keys of SLICE_ROWS rows at a time. Disk: 20 bytes a row, or 148 if near duplicates are searched.
+keys of SLICE_ROWS rows at a time. Disk: 44 bytes a row, or 164 if near duplicates are searched.
 
 The text of a row is hashed to a MinHash of 128 entries over its 5-grams, which is divided into 16 bands of 8 entries.
 Rows are near duplicates if all 8 entries of a band are equal. For rows with Jaccard similarity s the probability of
@@ -11,8 +11,11 @@ this is 1 - (1 - s^8)^16: 0.06 at s = 0.5, 0.61 at 0.7, 0.95 at 0.8, 1.00 at 0.9
 Rajaraman, Ullman, Mining of Massive Datasets, ch. 3). `grams` defines the n-grams.
 """
 
+import contextlib
 import io
+import itertools
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -186,15 +189,27 @@ class _Keys:
 
     def slices(self, name: str, columns: slice) -> Iterator[KeySlice]:
         """Yield row numbers (ascending) and key columns in slices of about SLICE_ROWS rows; equal keys are in one
-        slice. name: the file with an array [columns, rows] for each part. columns: those that are used."""
-        for number in range(self._num_slices):
-            rows, chosen = [], []
-            for part, begin in zip(self._parts, self.begins, strict=False):
-                keys = np.load(screen_path(self._directory, part.number, name), mmap_mode="r")[columns]
-                at = np.flatnonzero(keys[0] % np.uint64(self._num_slices) == number)
-                rows.append(begin + at)
-                chosen.append([key[at] for key in keys])
-            yield np.concatenate(rows), [np.concatenate(column) for column in zip(*chosen, strict=True)]
+        slice. Each part's keys are read once, and its rows sorted into a temporary file for each slice. name: the file
+        with an array [columns, rows] for each part. columns: those that are used."""
+        every = np.arange(0, len(self.lines), SLICE_ROWS)
+        cuts = np.unique([0, *np.searchsorted(self.begins, every), len(self._parts)]).tolist()
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(tempfile.TemporaryFile(dir=self._directory)) for _ in range(self._num_slices)]
+            width = 0
+            for first, last in itertools.pairwise(cuts):
+                paths = (screen_path(self._directory, part.number, name) for part in self._parts[first:last])
+                keys = np.concatenate([np.load(path, mmap_mode="r")[columns] for path in paths], axis=1)
+                rows = np.arange(self.begins[first], self.begins[last], dtype=np.uint64)
+                of = (keys[0] % np.uint64(self._num_slices)).astype(np.int64)
+                table = np.concatenate([rows[None], keys]).T[np.argsort(of, kind="stable")]
+                ends = np.cumsum(np.bincount(of, minlength=self._num_slices))
+                width = table.shape[1]
+                for file, some in zip(files, np.split(table, ends[:-1]), strict=True):
+                    file.write(some.tobytes())
+            for file in files:
+                file.seek(0)
+                table = np.frombuffer(file.read(), np.uint64).reshape(-1, width).T
+                yield table[0].astype(np.int64), [*table[1:]]
 
 
 def first_of_equal(slices: Iterable[KeySlice], num_rows: int) -> np.ndarray:
