@@ -33,7 +33,16 @@ from mmdata.shards.manifest import (
 from mmdata.tokenizer.encoders import NUM_HOSTILE, REFERENCE
 from mmdata.tokenizer.tokenizer import Tokenizer
 
-SUMS = ("rows", "kept", "tokens_in", "tokens", "sequences", "text_bytes", "unknown_bytes", "characters")
+SUMS: tuple[str, ...] = (
+    "rows",
+    "kept",
+    "tokens_in",
+    "tokens",
+    "sequences",
+    "text_bytes",
+    "unknown_bytes",
+    "characters",
+)
 COUNTERS = ("left_out", "cut", "control_strings", "extra_keys", "not_written")
 SHARD_COUNTS = ("samples", "sequences", "rows", "tokens", "model_tokens", "loss_tokens")
 ShardSums = dict[tuple[str, int], Counter[str]]  # by split and bucket: SHARD_COUNTS
@@ -58,7 +67,7 @@ class Summary:
 
     def __init__(self, header: DatasetHeader):
         self._header = header
-        self.sums = Counter(dict.fromkeys(SUMS, 0))
+        self.sums: Counter[str] = Counter(dict.fromkeys(SUMS, 0))
         self.counts: dict[str, Counter[str]] = {name: Counter() for name in COUNTERS}
         self.encoders: dict[str, Counter[str]] = {}
         self.warnings: dict[str, None] = {}

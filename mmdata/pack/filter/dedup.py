@@ -199,7 +199,7 @@ class _Keys:
             for first, last in itertools.pairwise(cuts):
                 paths = (screen_path(self._directory, part.number, name) for part in self._parts[first:last])
                 keys = np.concatenate([np.load(path, mmap_mode="r")[columns] for path in paths], axis=1)
-                rows = np.arange(self.begins[first], self.begins[last], dtype=np.uint64)
+                rows = np.arange(int(self.begins[first]), int(self.begins[last]), dtype=np.uint64)
                 of = (keys[0] % np.uint64(self._num_slices)).astype(np.int64)
                 table = np.concatenate([rows[None], keys]).T[np.argsort(of, kind="stable")]
                 ends = np.cumsum(np.bincount(of, minlength=self._num_slices))
