@@ -19,6 +19,7 @@ import pytest
 from command_line import Ran, Run
 from filelock import FileLock
 from hypothesis import is_hypothesis_test, settings
+from hypothesis.internal.conjecture import providers
 
 if TYPE_CHECKING:  # the controller of the workers builds nothing and starts faster without them
     from fakehub import FakeHub
@@ -43,6 +44,10 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, number in (("quick", 20), ("full", 100)):
         settings.register_profile(name, max_examples=number, deadline=None, derandomize=True, database=None)
     settings.load_profile("quick" if "not slow" in config.option.markexpr else "full")
+    if (
+        settings.get_current_profile_name() == "quick"
+    ):  # does not read the constants of every loaded module to draw them
+        providers._get_local_constants = lambda: providers._local_constants
 
 
 def pytest_collection_finish() -> None:

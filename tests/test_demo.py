@@ -74,7 +74,7 @@ def asked_in(messages: list[dict]) -> list[str]:
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(corpus: demo.DemoFiles, tmp_path: Path) -> None:
     one, two = corpus, demo.write_corpus(tmp_path / "two", seed=SEED, minutes=MINUTES)
-    other = demo.write_corpus(tmp_path / "other", seed=SEED + 1, minutes=0.01)
+    other = demo.write_corpus(tmp_path / "other", seed=SEED + 1, minutes=MINUTES)
     for name in one.files:
         assert one.files[name].read_bytes() == two.files[name].read_bytes()
         assert one.files[name].read_bytes() != other.files[name].read_bytes()

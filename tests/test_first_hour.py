@@ -54,7 +54,11 @@ def test_a_file_that_is_not_there_is_answered_with_the_one_of_nearly_its_name(ho
 
 ENDLESS = ("--follow", "mm demo", "mm serve")  # hints that are not followed here: they go on for long
 MOST = {"show": 2, "chat": 3}  # times that a command is followed which always names another
-QUICK = {"chat": " --max-new-tokens 2", "train": " --steps 1 --no-samples --no-report"}  # where nothing else is given
+QUICK = {
+    "chat": " --max-new-tokens 2",
+    "train": " --steps 1 --no-samples --no-report",
+    "pack": " --no-report",
+}  # where nothing else is given
 
 
 def hints(ran: Ran, line: str) -> list[str]:

@@ -335,7 +335,7 @@ def test_val_figures_of_several_datasets_are_given_in_all_and_for_each(
     pack_to(data, stage, tmp_path / "more", val_fraction=0.4)
     both = (getattr(data, stage), tmp_path / "more")
     init = runs / ("pretrain" if stage == "sft" else "sft")
-    base = config_of(stage, data, tmp_path / "run", init=init, loss=None if stage == "sft" else "sigmoid")
+    base = config_of(stage, data, tmp_path / "run", init=init, loss=None if stage == "sft" else "sigmoid", report=True)
     said: list[str] = []
     train(replace(base, data=both, weights=(0.7, 0.3), steps=3), log=said.append)
     (found,) = (line for line in lines(tmp_path / "run") if "val_loss" in line)

@@ -33,7 +33,12 @@ def dpo(runs: Path, pairs: Path, tmp_path: Path) -> Callable[..., list[str]]:
     def run(**options: Any) -> list[str]:
         said: list[str] = []
         base: dict[str, Any] = {"steps": 2, "batch_tokens": 512, "lr": 1e-4, "device": "cpu", "init": runs / "sft"}
-        base |= {"data": (pairs,), "out": tmp_path / f"run-{next(numbers)}"} | options
+        base |= {
+            "data": (pairs,),
+            "out": tmp_path / f"run-{next(numbers)}",
+            "report": False,
+            "samples": False,
+        } | options
         train(TrainOptions(stage="dpo", **base), log=said.append)
         return said
 

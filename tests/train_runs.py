@@ -17,9 +17,9 @@ from mmtrain.shapes import ModelConfig
 
 
 def config_of(stage: str, data: Data, out: Path, **settings: Any) -> TrainOptions:
-    """Seven steps of a stage, saved every third."""
+    """Seven steps of a stage, saved every third; without sample answers and report.html."""
     base: dict[str, Any] = {"steps": 7, "batch_tokens": 512, "micro_tokens": 256, "lr": 2e-3, "save_every": 3}
-    base |= {"device": "cpu", "val_every": 3, "log_every": 1, "runs_dir": out.parent}
+    base |= {"device": "cpu", "val_every": 3, "log_every": 1, "runs_dir": out.parent, "report": False, "samples": False}
     return TrainOptions(stage, (getattr(data, stage),), out, **(base | settings))
 
 

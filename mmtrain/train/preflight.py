@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -361,9 +362,10 @@ def kept_bytes(model: Model, micro: MicroBatch) -> int:
 # --- the machine
 
 
+@cache
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the operations per second of a square matrix product in `dtype`, for the report's model FLOPs utilization
-    (MFU): the best of four, about 20 ms on a CPU core."""
+    (MFU): the best of four, about 20 ms on a CPU core. Measured once per process."""
     size = 4096 if device.type == "cuda" else 512
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     best = 0.0
