@@ -101,9 +101,10 @@ class _Sample:
     cpu_s: float  # processor time spent reading
     num_not_selected: int = 0
 
-    @property
-    def raws(self) -> list[bytes]:
-        return [line.raw for line in self.lines]
+    def encoded(self, encoder: RowEncoder, kind: str) -> list[EncodedRows]:
+        """Encode the lines, ROWS_PER_CALL at a time."""
+        raws = [line.raw for line in self.lines]
+        return [encoder.encode_lines(raws[i : i + ROWS_PER_CALL], kind) for i in range(0, len(raws), ROWS_PER_CALL)]
 
     @property
     def factor(self) -> float:
@@ -144,10 +145,8 @@ def survey(inputs: Sequence[Path], options: PackOptions) -> Survey:
     samples = _selected([_read(path, kind, options.reading, LEAST_BYTES) for path in inputs], kind, options, changes)
     lengths, weights = [np.empty(0, np.int64)], [np.empty(0)]
     for sample in samples:
-        for i in range(0, len(sample.lines), ROWS_PER_CALL):
-            raws = [line.raw for line in sample.lines[i : i + ROWS_PER_CALL]]
-            lengths.append(takes.encode_lines(raws, kind).sequences.widths())
-            weights.append(np.full(len(lengths[-1]), sample.factor))
+        lengths += [rows.sequences.widths() for rows in sample.encoded(takes, kind)]
+        weights += [np.full(len(each), sample.factor) for each in lengths[len(weights) :]]
     every = np.concatenate(lengths)
     order = np.argsort(every, kind="stable")
     rows = round(sum((len(sample.lines) - sample.num_bad) * sample.factor for sample in samples))
@@ -301,10 +300,9 @@ def _outlook(
     widths: list[np.ndarray] = []
     cpu_s = 0.0
     for sample in samples:
-        raws = sample.raws
-        _ = encoder.encode_lines(raws[:1], kind)  # not timed: the first call prepares the template
+        _ = encoder.encode_lines([line.raw for line in sample.lines[:1]], kind)  # not timed: prepares the template
         start = time.process_time()
-        batches = [encoder.encode_lines(raws[i : i + ROWS_PER_CALL], kind) for i in range(0, len(raws), ROWS_PER_CALL)]
+        batches = sample.encoded(encoder, kind)
         cpu_s += (sample.cpu_s + (time.process_time() - start)) * sample.factor
         widths += [
             np.resize(batch.sequences.widths(), _scaled(len(batch.sequences), sample, samples)) for batch in batches
