@@ -154,6 +154,7 @@ def test_a_storage_that_refuses_is_told_from_a_missing_file_and_nothing_is_creat
 ) -> None:
     Counted.content = (home / "data/pretrain_hq.jsonl").read_bytes()
     assert "counted://bucket/none.jsonl: no such file" in refused(mm("pack counted://bucket/none.jsonl")).err
+    refused(mm("pack http://127.0.0.1:9/a.jsonl"), "a.jsonl cannot be read: ", "127.0.0.1:9", "check the network")
     error = refused(mm("pack data/pretrain_hq.jsonl --out counted://mistyped/ds")).err
     assert "counted://mistyped/ds cannot be written: the bucket does not exist" in error
     assert not (home / "shards").exists()

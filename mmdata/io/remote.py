@@ -176,7 +176,10 @@ def _info(system: Any, path: str) -> dict[str, Any]:
     """Return what the storage knows of a file, nothing if there is none. Unlike fsspec's `exists`, errors are raised."""
     try:
         return system.info(path)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        reason = error.__cause__
+        if isinstance(reason, OSError) and not isinstance(reason, FileNotFoundError):
+            raise reason from None  # a host that cannot be reached is no missing file
         return {}
 
 
@@ -198,7 +201,7 @@ def _told(url: str, what: str) -> Iterator[tuple[Any, str]]:
         raise
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
-        fix = "check the bucket, the credentials and what they may do; mm creates no bucket"
+        fix = "check the network, the bucket, the credentials and what they may do; mm creates no bucket"
         raise InputError(f"{url} cannot be {what}: {reason}", fix) from error
 
 

@@ -14,7 +14,7 @@ import typer
 
 from mmdata.commands.fetch import ENDPOINT_VARIABLES
 from mmdata.commands.options import HOME, Json
-from mmdata.commands.terminal import print_json, result, say, size, table
+from mmdata.commands.terminal import print_json, result, say, size, table, waiting
 
 LEAST_DISK_BYTES, LEAST_MEMORY_BYTES = 10_000_000_000, 4_000_000_000
 PYTHONS = ((3, 11), (3, 13))  # the oldest and newest that mm is tested with
@@ -118,7 +118,7 @@ def endpoint() -> Iterator[MachineFact]:
 
     address = os.environ.get(ENDPOINT_VARIABLES["hf"]) or HF_ENDPOINT
     try:
-        with urlopen(Request(address, method="HEAD"), timeout=TIMEOUT_S) as answer:
+        with waiting(address), urlopen(Request(address, method="HEAD"), timeout=TIMEOUT_S) as answer:
             yield MachineFact("endpoint", f"{address} answers ({answer.status})")
     except HTTPError as error:  # it is there
         yield MachineFact("endpoint", f"{address} answers ({error.code})")
