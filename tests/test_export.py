@@ -291,6 +291,19 @@ def test_gguf_files_hold_the_weights_and_the_tokenizer(
     assert made.checks[0].startswith("read back: every tensor is the checkpoint's")
 
 
+@pytest.mark.parametrize(
+    ("name", "written"), [("Phi-3-mine", "phi 3-mine"), ("my_phi3", "my_phi 3"), ("delphi-4", "delphi-4")]
+)
+def test_no_name_makes_llama_cpp_strip_white_space(
+    name: str, written: str, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    import gguf
+
+    export(shutil.copytree(runs["llama"], tmp_path / name), tmp_path / "out", format="gguf")
+    fields = gguf.GGUFReader(tmp_path / "out" / f"{name}-f32.gguf").fields
+    assert fields["general.name"].contents() == written
+
+
 def test_tokenizers_are_named_by_how_they_cut(tmp_path: Path) -> None:
     assert pre_tokenizer_name(make_tokenizer(tmp_path / "a")) == "smollm"
     plain = make_tokenizer(tmp_path / "b", split_digits=False)

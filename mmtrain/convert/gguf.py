@@ -152,7 +152,8 @@ def _architecture(shape: ModelConfig) -> str:
 
 
 def _add_shape(writer: Any, shape: ModelConfig, name: str) -> None:
-    writer.add_name(name)
+    # By these names llama.cpp takes a tokenizer for that of Phi-3, and strips white space behind special tokens.
+    writer.add_name(re.sub("phi-?3", "phi 3", name, flags=re.IGNORECASE))
     writer.add_vocab_size(shape.vocab_size)
     writer.add_context_length(shape.max_positions)
     writer.add_embedding_length(shape.hidden_size)
