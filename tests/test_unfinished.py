@@ -1,5 +1,6 @@
 """Packs that are killed, interrupted, shared out or run by other engines: always one digest, and nothing done twice."""
 
+import contextlib
 import errno
 import json
 import os
@@ -35,11 +36,14 @@ from mmdata.tokenizer.tokenizer import CHATML, train_bpe
 
 ROOT = Path(__file__).parent.parent
 PART_BYTES = 4000
+OPTIONS: dict[str, Any] = {"max_len": 256, "part_bytes": PART_BYTES, "val_fraction": 0.1}
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl", "conversation", 200)
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file in the current directory, named without it, so that its packs have the same bytes in any directory."""
+    monkeypatch.chdir(tmp_path)
+    return write_rows(Path("rows.jsonl"), "conversation", 200)
 
 
 @pytest.fixture
@@ -47,17 +51,21 @@ def pack_to(tmp_path: Path, tokenizer_dir: Path, rows: Path) -> Callable[..., Pa
     """Packs the rows into tmp_path / "out" in about ten parts."""
 
     def run(*, out: str = "out", **options: Any) -> PackResult:
-        defaults = {"tokenizer": tokenizer_dir, "max_len": 256, "part_bytes": PART_BYTES, "val_fraction": 0.1}
-        return pack_with([rows], tmp_path / out, **defaults | options)
+        return pack_with([rows], tmp_path / out, **{"tokenizer": tokenizer_dir} | OPTIONS | options)
 
     return run
 
 
 @pytest.fixture
-def undisturbed(pack_to: Callable[..., PackResult], tmp_path: Path) -> dict[str, bytes]:
+def undisturbed(built_once: Callable[..., Path], tokenizer_dir: Path) -> dict[str, bytes]:
     """The bytes a pack gives that nothing happens to."""
-    pack_to(out="undisturbed")
-    return tree(tmp_path / "undisturbed")
+
+    def build(root: Path) -> None:
+        with contextlib.chdir(root):
+            path = write_rows(Path("rows.jsonl"), "conversation", 200)
+            pack_with([path], root / "out", tokenizer=tokenizer_dir, **OPTIONS)
+
+    return tree(built_once("undisturbed", build) / "out")
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -104,7 +112,7 @@ def test_an_interrupted_pack_goes_on_at_the_first_unfinished_part(
     pack_to(note=notes.append)
     assert packed_parts[half + 1 :] == list(range(half, len(packed_parts) - 1)) and f"{half} of " in notes[-1]
     assert tree(tmp_path / "out") == undisturbed
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "rows.jsonl", "undisturbed"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "rows.jsonl"]
 
 
 def test_progress_of_a_resumed_pack_begins_where_it_was(tmp_path: Path, pack_to: Callable[..., PackResult]) -> None:
