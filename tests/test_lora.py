@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,11 +33,13 @@ SHAPE = ModelConfig(300, 32, 2, 4, 2, 48, rope_theta=1e4, qk_norm=True)
 
 
 @pytest.fixture(scope="module")
-def base(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(data: Data, built_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A trained model to adapt."""
-    root = tmp_path_factory.mktemp("base")
-    train(config_of("sft", data, root / "sft", model="tiny", steps=20, lr=3e-3, quiet=True))
-    return root / "sft"
+
+    def build(root: Path) -> None:
+        train(config_of("sft", data, root / "sft", model="tiny", steps=20, lr=3e-3, quiet=True))
+
+    return built_once("lora_base", build) / "sft"
 
 
 def adapted(seed: int = 0, rank: int = 3) -> Model:
