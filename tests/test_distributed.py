@@ -420,7 +420,7 @@ def test_a_node_of_torchrun_with_an_older_checkpoint_is_named_before_the_first_s
     codes, errors = zip(*(nodes.end(node) for node in (0, 1)), strict=True)
     assert 0 not in codes
     for error in errors:  # each node prints it
-        assert "rank 1 has other step (3 instead of 6), weights than rank 0" in error, errors
+        assert "rank 1 has other step (4 instead of 6), weights than rank 0" in error, errors
     assert {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()} == before
 
 
