@@ -51,8 +51,8 @@ class Measured:
     out: float = 0.645  # bytes of the dataset per byte of jsonl, 16-bit ids
     files: int = 6  # of a part
     record_s: float = 0.7e-3  # of the driver for a part, from its record to the manifest: `parts`, and "record"
-    result: float = 13e3  # bytes that the result of a part takes in the driver's memory
-    manifest: float = 1.89e3  # bytes of the manifest a part
+    result: float = 1e3  # bytes of the driver's memory a part
+    manifest: float = 1.89e3  # bytes of parts.jsonl a part
     worker: float = 200 * MB  # memory of a worker, and what each byte of its part adds
     worker_per_byte: float = 7.0
 
@@ -184,7 +184,7 @@ def tables() -> dict[str, str]:
             f"{part / MIB:.0f} MiB",
             f"{found['parts']:,.0f}",
             f"{found['manifest'] / MB:,.0f} MB",
-            f"{found['driver'] / GB:.1f} GB",
+            f"{found['driver'] / MB:,.0f} MB",
             f"{found['worker'] / GB:.1f} GB",
             f"{found['all'] / 60:.1f} min",
         )
@@ -213,7 +213,7 @@ def tables() -> dict[str, str]:
     ]
     return {
         "packing": table(["step", *columns], rows),
-        "parts": table(["part", "parts", "manifest.json", "driver's memory", "a worker's memory", "all"], sizes),
+        "parts": table(["part", "parts", "parts.jsonl", "driver's memory", "a worker's memory", "all"], sizes),
         "alone": table(["by one process, not in the sum", "10 TB"], alone),
         "training": table(
             ["cards", "tokens a card", "forward and backward", "sum", "waits, one sum", "waits, mm"], steps_of_cards
