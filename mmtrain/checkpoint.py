@@ -449,7 +449,7 @@ def find_run(root: Path, stages: Sequence[str], status: str = "finished") -> Pat
 
 def _directories(run_dir: Path) -> list[Path]:
     """Return a run's checkpoint directories, complete or damaged, newest first."""
-    steps = [(int(p.name[5:]), p) for p in (run_dir / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    steps = [(int(p.name[5:]), p) for p in (run_dir / "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
     return [path for _, path in sorted(steps, reverse=True)]
 
 

@@ -11,7 +11,7 @@ import msgspec
 from mmdata.errors import CheckpointError, DatasetError, UsageError
 from mmdata.hub import catalog
 from mmdata.hub.lockfile import read_lock
-from mmdata.io.files import sha256_of
+from mmdata.io.files import read_bytes, sha256_of
 from mmdata.io.records import JsonObject, read_record
 from mmdata.shards.dataset import CARD
 from mmdata.shards.manifest import MANIFEST, Manifest, Parts, is_unfinished, read_manifest
@@ -184,7 +184,7 @@ def _source(dataset: Path, manifest: Manifest) -> dict[str, str]:
 def languages_of(dataset: Path) -> list[str]:
     """Return the languages that a dataset's card names, such as "zh"; none without a card."""
     with suppress(OSError):
-        lines = (dataset / CARD).read_text(encoding="utf-8").partition("\nlanguage:\n")[2].splitlines()
+        lines = read_bytes(dataset / CARD).decode("utf-8", "replace").partition("\nlanguage:\n")[2].splitlines()
         return [line[2:] for line in lines[: next((i for i, line in enumerate(lines) if line[:2] != "- "), 0)]]
     return []
 

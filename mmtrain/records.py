@@ -42,10 +42,11 @@ class FileRecord(Struct):
 
 
 class BestRecord(Struct):
-    """The step with the lowest val loss so far, and that loss."""
+    """The step with the lowest val loss so far, and that loss. since: validations after it; older states lack it."""
 
     step: Count
     val_loss: Finite
+    since: Count | UnsetType = UNSET
 
 
 class TrainedOn(Struct):

@@ -61,7 +61,10 @@ def test_a_run_that_gets_no_better_ends_early_and_stays_ended(data: Data, tmp_pa
     facts = run_json(base.out)
     assert facts["status"] == "finished" and facts["result"]["early_stop"] == result.early_stop
     assert checkpoint.find(base.out).step == 3
+    written = (base.out / "metrics.jsonl").read_bytes()
+    (base.out / "metrics.jsonl").write_bytes(b"")  # decides nothing
     again = train(TrainOptions("sft", (), base.out, resume=True, device="cpu", quiet=True))
+    (base.out / "metrics.jsonl").write_bytes(written)
     assert (again.first_step, again.final_step, again.early_stop) == (3, 3, result.early_stop)
     further = train(TrainOptions("sft", (), base.out, resume=True, device="cpu", quiet=True, patience=0))
     assert (further.first_step, further.final_step, further.early_stop) == (3, 7, "")

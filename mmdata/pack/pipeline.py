@@ -30,6 +30,7 @@ from mmdata.io.files import (
     free_bytes,
     info_of,
     no_progress,
+    read_bytes,
     sha256_of,
     write_bytes,
     write_json,
@@ -333,8 +334,8 @@ def _is_dataset(out: Path) -> bool:
         raise DatasetError(f"{out} is a file, expected a directory for the dataset", "choose another --out")
     if not any(out.iterdir()):
         return False
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        if msgspec.json.decode((out / MANIFEST).read_bytes()).get("format") == "mm":
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+        if msgspec.json.decode(read_bytes(out / MANIFEST)).get("format") == "mm":
             return True
     raise DatasetError(
         f"{out} is not empty and not a packed dataset: it will not be replaced", "choose another --out, or empty it"

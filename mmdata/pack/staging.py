@@ -141,7 +141,7 @@ class Staging:
 
     def shard_counts(self) -> set[int]:
         """Return in how many shards those that have finished parts have divided them: one number, or several."""
-        return {int(count) for path in self._records() if (count := path.stem.rpartition("-of-")[2]).isdigit()}
+        return {int(count) for path in self._records() if (count := path.stem.rpartition("-of-")[2]).isdecimal()}
 
     def places(self, names: Collection[str] = ()) -> dict[int, RecordPlace]:
         """Return where the record of each finished part stands, the last of several, by number, ascending. names: of

@@ -13,6 +13,7 @@ import polars as pl
 
 from mmdata.encode import rows
 from mmdata.errors import InputError
+from mmdata.io.files import read_bytes
 from mmdata.io.records import decode_record, plain
 from mmdata.pack import summary
 from mmdata.pack.filter.features import pieces_of
@@ -189,7 +190,7 @@ def read_losses(path: Path) -> pl.DataFrame:
         if path.suffix == ".parquet":
             records = pl.read_parquet(path).select(names)
         else:
-            lines = enumerate(path.read_bytes().splitlines(), 1)
+            lines = enumerate(read_bytes(path).splitlines(), 1)
             found = [decode_record(raw, LossRecord, f"{path} line {n}", InputError, fix) for n, raw in lines]
             records = pl.DataFrame([msgspec.structs.astuple(one) for one in found], list(names), orient="row")
         types = {"file": pl.String, "line": pl.Int64, "tokens": pl.Int64, "nll": pl.Float64, "side": pl.String}

@@ -161,7 +161,8 @@ def _fastokens(tokenizer: Tokenizer) -> Encode:
             _native.cache_clear()
             native, left = _native(tokenizer.native), most
         left -= sum(map(len, texts))
-        ids, offsets = native.encode_batch_flat(list(texts), split_special_tokens=not control)
+        with tokenizer.refusing_panics():
+            ids, offsets = native.encode_batch_flat(list(texts), split_special_tokens=not control)
         return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64)[1:].astype(np.int64)
 
     def encode(texts: Sequence[str], control: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,8 @@ so what a user writes never becomes a control id."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
@@ -22,6 +23,7 @@ from mmdata.tokenizer.chat_template import CHATML, DEFAULT, FOLDER
 _FILES = ("tokenizer.json", "tokenizer_config.json", templates.FILE, "generation_config.json")
 _KEEPING = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "ByteLevel"}  # normalizers that drop no characters
 _AGAIN = "copy or download it again"  # fix of a damaged file
+_MOST_IDS = 2**24  # lists of this length fit in memory; published vocabularies have at most 300,000
 
 
 class Tokenizer:
@@ -201,7 +203,8 @@ class Tokenizer:
         """Return the ids of all texts end to end (uint32) and the end of each text's ids (int64), in one native call.
         control: whether special-token strings become control ids; otherwise they are encoded as ordinary text."""
         self.native.encode_special_tokens = not control
-        encodings = self.native.encode_batch_fast(list(texts), add_special_tokens=False)
+        with self.refusing_panics():
+            encodings = self.native.encode_batch_fast(list(texts), add_special_tokens=False)
         lists = [encoding.ids for encoding in encodings]
         ends = np.cumsum(np.fromiter(map(len, lists), dtype=np.int64, count=len(lists)))
         total = int(ends[-1]) if lists else 0
@@ -210,12 +213,24 @@ class Tokenizer:
     def encode_with_offsets(self, text: str, *, control: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids (uint32 [T]) and the characters [begin, end) of each (int64 [T, 2]); see `encode_batch`."""
         self.native.encode_special_tokens = not control
-        encoding = self.native.encode(text, add_special_tokens=False)
+        with self.refusing_panics():
+            encoding = self.native.encode(text, add_special_tokens=False)
         return np.array(encoding.ids, dtype=np.uint32), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
 
     def decode(self, ids: Iterable[int], *, skip_control: bool = False) -> str:
         """Return the text of some ids; invalid UTF-8 becomes U+FFFD. skip_control: leave out control tokens."""
         return self.native.decode([int(id) for id in ids], skip_special_tokens=skip_control)
+
+    @contextmanager
+    def refusing_panics(self) -> Iterator[None]:
+        """Raise TokenizerError for a panic of the native tokenizer, such as of a pattern that takes too long."""
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # no Exception, and in no module that can be imported
+                raise
+            problem = str(error).partition("\n")[0]
+            raise TokenizerError(f"tokenizer {self.dir} cannot encode a text: {problem}", _AGAIN) from error
 
     def save(self, dir: Path) -> None:
         """Write the files that the tokenizer was loaded from, byte for byte, to `dir`. Creates `dir` if missing."""
@@ -281,7 +296,10 @@ def _parsed(content: bytes, named: tuple[str, ...]) -> tuple[tokenizers.Tokenize
     native.no_truncation()
     native.post_processor = None  # it would add tokens and trim offsets; templates write special tokens
     native.add_special_tokens([token for token in named if native.token_to_id(token) is not None])
-    return native, max(native.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    size = max(native.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if size > _MOST_IDS:
+        raise ValueError(f"its largest id is {size - 1:,}, expected below {_MOST_IDS:,}")
+    return native, size
 
 
 @lru_cache(maxsize=2)

@@ -12,6 +12,7 @@ import typer
 from mmdata.commands.options import DATA_DIR, RUNS_DIR, SHARDS_DIR, Json, dataset_dir, pack_command
 from mmdata.commands.terminal import next_command, print_json, result, same_command, say, without_option
 from mmdata.errors import CheckpointError, DatasetError, MMError, UsageError
+from mmdata.io.files import read_bytes
 from mmdata.options import Option
 from mmtrain.commands.other_flags import OTHER_FLAGS
 from mmtrain.config import DATA, HARDWARE, HEADINGS, PREFERENCES, STAGE_KINDS, TrainOptions
@@ -120,8 +121,8 @@ def datasets_for(stage: str) -> list[Path]:
     Those that cannot be read are skipped; named with --data they are refused with the reason."""
     datasets = []
     for manifest in SHARDS_DIR.glob("*/manifest.json"):
-        with suppress(ValueError, KeyError, TypeError):
-            if json.loads(manifest.read_bytes())["kind"] == STAGE_KINDS[stage]:
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            if json.loads(read_bytes(manifest))["kind"] == STAGE_KINDS[stage]:
                 datasets.append((manifest.stat().st_mtime_ns, manifest.parent))
     return [path for _, path in sorted(datasets)]
 
@@ -218,7 +219,7 @@ def next_run(stage: str, resume: bool) -> Path:
     numbers = [
         int(path.name.rpartition("-")[2])
         for path in RUNS_DIR.glob(f"{stage}-*")
-        if path.name.rpartition("-")[2].isdigit()
+        if path.name.rpartition("-")[2].isdecimal()
     ]
     if resume and not numbers:
         raise CheckpointError(

@@ -14,7 +14,7 @@ import torch
 
 from mmdata.encode.template import Template
 from mmdata.errors import InputError
-from mmdata.io.files import Progress, no_progress
+from mmdata.io.files import Progress, no_progress, read_bytes
 from mmdata.io.records import Record, decode_record
 from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain.inference.chat import prompt_of
@@ -126,7 +126,7 @@ def _lines(path: Path, kind: type[Record]) -> Iterator[tuple[int, Record]]:
     """Yield number, counted from 1, and record of each line that is not blank. Raise InputError for a file or line that
     cannot be read."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_bytes(path).decode("utf-8").split("\n")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", f"`ls {path.parent}` shows what is there") from None
     except UnicodeDecodeError as error:

@@ -59,7 +59,7 @@ class _Step(msgspec.Struct):
 def read_records(path: Path, kind: type[Record]) -> list[Record]:
     """Read the records of type `kind` from a jsonl file; none if the file does not exist. Lines that cannot be read as
     `kind`, such as a last line that is cut short, are skipped."""
-    return _records(path.read_bytes().splitlines(), kind) if path.exists() else []
+    return _records(files.read_bytes(path).splitlines(), kind) if path.exists() else []
 
 
 def sample_prompts(path: Path) -> list[str]:
@@ -76,7 +76,7 @@ def _records(lines: Iterable[bytes], kind: type[Record]) -> list[Record]:
             value = json.loads(line)
             convert_record(value, _Step)
             records.append(convert_record(value, kind))
-        except (ValueError, msgspec.ValidationError):
+        except (ValueError, RecursionError, msgspec.ValidationError):
             continue
     return records
 
@@ -92,7 +92,7 @@ def cut_after(path: Path, step: int) -> None:
     and lines that cannot be read."""
     if path.exists():
         # Bytes are split, because str.splitlines would also split at U+2028, which a text may contain.
-        lines = path.read_bytes().splitlines()
+        lines = files.read_bytes(path).splitlines()
         kept = [line + b"\n" for line in lines if any(one.step <= step for one in _records([line], _Step))]
         files.write_bytes(path, b"".join(kept))
 
@@ -112,6 +112,7 @@ class MetricsReader:
         line read last is no longer at its place, because a resumed run has cut the file."""
         if not self.path.exists():
             return
+        files.check_regular(self.path, files.MAX_WHOLE_BYTES)
         with self.path.open("rb") as file:
             file.seek(self._offset - len(self._last))
             if file.read(len(self._last)) != self._last:
@@ -351,7 +352,7 @@ def _parent(run_dir: Path, init: Mapping[str, Any] | None) -> tuple[Path | None,
         return None, None
     path = Path(init["dir"])
     number = path.name.removeprefix("step-")
-    step = int(number) if number.isdigit() else None
+    step = int(number) if number.isdecimal() else None
     parent = path.parent.parent if path.parent.name == "checkpoints" else path
     beside = run_dir.resolve().parent / parent.name
     return (parent if (parent / RUN).exists() or not (beside / RUN).exists() else beside), step

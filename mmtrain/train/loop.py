@@ -372,18 +372,19 @@ def _validate(run: ActiveRun, step: int) -> bool:
     is finite and the lowest so far; `run.best` is then updated."""
     run.val = _held_out(run)
     run.last_read = time.monotonic()
-    if "loss" in run.val:
-        run.val_losses.append(run.val["loss"])
     if run.val:
         record = {"step": step} | {f"val_{name}": value for name, value in run.val.items()}
         run.log.val(record, run.plan.num_val_rows)
     if warning := forecast.forgetting(run.record.start_val or {}, run.val, run.plan.objective):
         run.console.say(warning)
     loss = run.val.get("loss", math.nan)
-    if not math.isfinite(loss) or (run.best is not None and loss >= run.best.val_loss):
-        return False
-    run.best = BestRecord(step, loss)
-    return True
+    is_best = math.isfinite(loss) and (run.best is None or loss < run.best.val_loss)
+    run.since_best = 0 if is_best else run.since_best + ("loss" in run.val)
+    if is_best:
+        run.best = BestRecord(step, loss, 0)
+    elif run.best:
+        run.best = BestRecord(run.best.step, run.best.val_loss, run.since_best)
+    return is_best
 
 
 def _held_out(run: ActiveRun) -> dict[str, float]:
@@ -414,9 +415,9 @@ def _final_weights(run: ActiveRun) -> AbstractContextManager[dict[str, Tensor]]:
 def _early_stop(run: ActiveRun) -> str:
     """Return why --patience ends the run (no val loss below the best in the last N), or an empty string."""
     patience = run.plan.settings.patience
-    if not patience or metrics.num_since_best(run.val_losses) < patience:
+    if not patience or run.since_best < patience:
         return ""
-    best = min((loss for loss in run.val_losses if math.isfinite(loss)), default=math.nan)
+    best = run.best.val_loss if run.best else math.nan
     return f"no better val loss in {patience} validations; the best was {best:.4g}"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from msgspec import UnsetType
 from torch import Tensor
 
 from mmdata.encode.template import Template
@@ -97,7 +98,7 @@ class InFlight:
 class ActiveRun:
     """The state of a run in progress. Counts are of this call of `train`.
 
-    val_losses: all so far, those before a resumption included. loss: mean loss of the last step read. val: metrics of
+    since_best: validations since the best, as --patience counts. loss: mean loss of the last step read. val: metrics of
     the last validation. num_tokens, num_trained: of all ranks. num_skipped: steps skipped as not finite. last_read: the
     time.monotonic() from which the duration of the next step is measured. last_saved: step of the last checkpoint, -1
     before the first.
@@ -117,7 +118,7 @@ class ActiveRun:
     reporter: Reporter | None  # None on all ranks but the first
     writer: checkpoint.Writer
     record: RunRecord
-    val_losses: list[float]
+    since_best: int
     best: BestRecord | None
     needs: preflight.Needs
     ref: dict[str, Tensor] = field(default_factory=dict)  # the reference model's logps by split, float64 [N, 2]
@@ -213,7 +214,7 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console
         *_open_logs(plan, options, world, record, console, tokenizer),
         writer,
         record,
-        val_losses=metrics.val_losses(out) if resumed else [],
+        since_best=_since_best(resumed) if resumed else 0,
         best=resumed.state.best if resumed else None,
         needs=needs,
     )
@@ -250,6 +251,14 @@ def _unseen_notes(out: Path, world: World) -> list[str]:
     unseen = ", ".join(str(rank) for rank, (is_seen,) in enumerate(seen) if not is_seen)
     what = f"the machines of ranks {unseen} do not see {out}, which rank 0 writes"
     return [f"note: {what}: to resume the run, they need it too, under the same path"] if unseen else []
+
+
+def _since_best(resumed: checkpoint.Checkpoint) -> int:
+    """Return how many validations a run has made after the best one."""
+    best = resumed.state.best
+    if best is None or isinstance(best.since, UnsetType):  # none was finite, or an older version's state
+        return metrics.num_since_best(metrics.val_losses(resumed.dir.parents[1]))
+    return best.since
 
 
 def _open_logs(

@@ -26,7 +26,9 @@ from mmtrain.model.batch import to_device
 if TYPE_CHECKING:
     from mmdata.pack.pipeline import PackResult
 
-EXAMPLES = 800 if "FAULTS_SEED" in os.environ else 25
+QUICK, SLOW, THOROUGH = 25, 250, 800  # examples: by default, with the slow tests, in make faults
+FULL = THOROUGH if "FAULTS_SEED" in os.environ else SLOW
+EXAMPLES = FULL if settings.get_current_profile_name() == "full" else QUICK
 NUMBERS = [
     pa.uint8(),
     pa.uint16(),

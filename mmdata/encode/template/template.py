@@ -45,6 +45,7 @@ TRAIN_ON = ("all", "assistant", "last")
 _RENDER_ERRORS = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
+_MOST_CHARACTERS = 2**18  # of a template; published ones have at most 30,000, and compiling a large one takes minutes
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")  # what templates call the reasoning of an answer
 
 
@@ -89,6 +90,8 @@ class Template:
             environment = template_environment()
             if "\0" in self.text:
                 raise jinja2.TemplateError("it contains a NUL character")
+            if len(self.text) > _MOST_CHARACTERS:
+                raise jinja2.TemplateError(f"it has {len(self.text):,} characters, more than {_MOST_CHARACTERS:,}")
             self._compile(environment)
             tree = environment.parse(self.text)
             self._markup = markup_of(tree)

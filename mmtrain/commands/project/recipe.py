@@ -16,6 +16,7 @@ from typing import Any
 from mmdata.commands.pack import dataset_names
 from mmdata.commands.terminal import checking
 from mmdata.errors import InputError, MMError, UsageError
+from mmdata.io.files import read_bytes
 from mmtrain.config import SHAPE_SETTINGS, STAGE_KINDS
 
 DATA_DIR, SHARDS_DIR, RUNS_DIR = Path("data"), Path("shards"), Path("runs")  # in the directory that a recipe works in
@@ -114,8 +115,8 @@ def read_recipe(path: Path, group: Any, changes: Iterable[str] = ()) -> Recipe:
 
 def _read_toml(path: Path) -> Values:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(read_bytes(path).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: {error}", "it is TOML: [COMMAND] and below it OPTION = VALUE") from error
 
 
