@@ -42,6 +42,7 @@ from mmtrain.records import (
     CheckpointState,
     FileRecord,
     TrainedOn,
+    checkpoints_of,
     read_run,
 )
 from mmtrain.shapes import ModelConfig
@@ -181,10 +182,10 @@ class Writer:
             weights, others = self._copy("", weights), self._copy("optimizer/", others)
             self._copied.set()
             self.last = _write(self.run_dir, weights, others, state)
-            kept = {self.last, *_directories(self.run_dir)[: self.keep_last]}
+            kept = {self.last, *checkpoints_of(self.run_dir)[: self.keep_last]}
             if state.best is not None:
                 kept.add(self.run_dir / "checkpoints" / f"step-{state.best.step}")
-            for old in set(_directories(self.run_dir)) - kept:
+            for old in set(checkpoints_of(self.run_dir)) - kept:
                 shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             self._error = CheckpointError(
@@ -394,7 +395,7 @@ def find(path: Path) -> Checkpoint:
     if (path / STATE).exists():
         return open_checkpoint(path)
     problem = "it holds no checkpoint" if path.exists() else "no such directory"
-    for directory in _directories(path):
+    for directory in checkpoints_of(path):
         try:
             return open_checkpoint(directory)
         except CheckpointError as error:
@@ -408,7 +409,7 @@ def find(path: Path) -> Checkpoint:
 def newer_than(checkpoint: Checkpoint) -> list[Path]:
     """Return the checkpoint directories of the same run that are newer than `checkpoint`, newest first. If `find`
     returned this checkpoint, these are damaged."""
-    newest_first = _directories(checkpoint.run_dir)
+    newest_first = checkpoints_of(checkpoint.run_dir)
     return newest_first[: newest_first.index(checkpoint.dir)] if checkpoint.dir in newest_first else []
 
 
@@ -445,12 +446,6 @@ def find_run(root: Path, stages: Sequence[str], status: str = "finished") -> Pat
             if run.status == status and run.stage in stages:
                 found.append((run.ended or 0.0, path.parent))
     return max(found)[1] if found else None
-
-
-def _directories(run_dir: Path) -> list[Path]:
-    """Return a run's checkpoint directories, complete or damaged, newest first."""
-    steps = [(int(p.name[5:]), p) for p in (run_dir / "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
-    return [path for _, path in sorted(steps, reverse=True)]
 
 
 @cache

@@ -201,7 +201,7 @@ class StepRecord(Struct, kw_only=True):
     begun: float = 0.0
     seconds: float = 0.0
     attempts: int = 1
-    process: tuple[int, float] | None = None
+    process: tuple[Positive, float] | None = None
     outputs: dict[str, str] = {}
     bytes: int = 0
     printed: str = ""
@@ -217,8 +217,14 @@ class CourseRecord(Struct, kw_only=True):
 
 def newest_state(run_dir: Path) -> CheckpointState | None:
     """Read state.json of a run's newest checkpoint; None if it has none. Raises CheckpointError if it is damaged."""
-    paths = sorted(run_dir.glob("checkpoints/step-*/state.json"), key=lambda path: int(path.parent.name[5:]))
-    return read_record(paths[-1], CheckpointState, CheckpointError, "mm train --resume") if paths else None
+    paths = [path / "state.json" for path in checkpoints_of(run_dir) if (path / "state.json").exists()]
+    return read_record(paths[0], CheckpointState, CheckpointError, "mm train --resume") if paths else None
+
+
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """Return a run's checkpoint directories, complete or damaged, newest first."""
+    steps = [(int(p.name[5:]), p) for p in run_dir.glob("checkpoints/step-*") if p.name[5:].isdecimal()]
+    return [path for _, path in sorted(steps, reverse=True)]
 
 
 def read_run(run_dir: Path) -> RunRecord:

@@ -12,7 +12,6 @@ import typer
 from mmdata.commands.options import DATA_DIR, RUNS_DIR, SHARDS_DIR, Json, dataset_dir, pack_command
 from mmdata.commands.terminal import next_command, print_json, result, same_command, say, without_option
 from mmdata.errors import CheckpointError, DatasetError, MMError, UsageError
-from mmdata.io.files import read_bytes
 from mmdata.options import Option
 from mmtrain.commands.other_flags import OTHER_FLAGS
 from mmtrain.config import DATA, HARDWARE, HEADINGS, PREFERENCES, STAGE_KINDS, TrainOptions
@@ -119,6 +118,8 @@ def newest_dataset(stage: str) -> Path:
 def datasets_for(stage: str) -> list[Path]:
     """Return the datasets under shards/ with the kind of rows that the stage trains on, the one packed last at the end.
     Those that cannot be read are skipped; named with --data they are refused with the reason."""
+    from mmdata.io.files import read_bytes
+
     datasets = []
     for manifest in SHARDS_DIR.glob("*/manifest.json"):
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):

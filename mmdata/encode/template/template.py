@@ -102,7 +102,7 @@ class Template:
             self.missing_prompt = "" if "add_generation_prompt" in self.text else self._turn.missing_prompt
             self._call_form, self._has_nested_tools = self._learn_call_form(), self._learn_nested_tools()
             self.ends = self._learn_ends()
-        except (jinja2.TemplateError, BadRow) as error:
+        except (jinja2.TemplateError, BadRow, RecursionError, SyntaxError, MemoryError) as error:  # nested too deep
             raise TokenizerError(
                 f"{self.name}: its chat template cannot be used: {error}", "try another template"
             ) from error

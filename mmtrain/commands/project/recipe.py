@@ -16,7 +16,6 @@ from typing import Any
 from mmdata.commands.pack import dataset_names
 from mmdata.commands.terminal import checking
 from mmdata.errors import InputError, MMError, UsageError
-from mmdata.io.files import read_bytes
 from mmtrain.config import SHAPE_SETTINGS, STAGE_KINDS
 
 DATA_DIR, SHARDS_DIR, RUNS_DIR = Path("data"), Path("shards"), Path("runs")  # in the directory that a recipe works in
@@ -114,6 +113,8 @@ def read_recipe(path: Path, group: Any, changes: Iterable[str] = ()) -> Recipe:
 
 
 def _read_toml(path: Path) -> Values:
+    from mmdata.io.files import read_bytes
+
     try:
         return tomllib.loads(read_bytes(path).decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
