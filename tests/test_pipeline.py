@@ -35,7 +35,6 @@ from mmdata.pack.packing import Packing
 from mmdata.pack.packing import pack as real_pack
 from mmdata.pack.pipeline import PackResult, pack
 from mmdata.shards.dataset import open_dataset, source_rows
-from mmdata.shards.manifest import read_manifest
 from mmdata.shards.verify import verify
 
 KINDS = ("document", "conversation", "pair")
