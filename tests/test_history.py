@@ -94,20 +94,20 @@ def test_a_log_reads_what_came_since(tmp_path: Path) -> None:
     path = tmp_path / "run/metrics.jsonl"
     log = history.MetricsReader(path)
     log.update()
-    assert len(log.steps) == 4
+    assert log.steps.num_steps == 4
     lines = path.read_text()
     path.write_text(lines + '{"step": 5, "loss"')
     log.update()
     path.write_text(lines + '{"step": 5, "loss": 1.0}\n')
     log.update()
     log.update()
-    assert [record["step"] for record in log.steps] == [1, 2, 3, 4, 5]
+    assert log.steps.columns["step"].tolist() == [1, 2, 3, 4, 5]
     path.write_text("".join(lines.splitlines(keepends=True)[:2]))  # cut by a resume
     log.update()
-    assert [record["step"] for record in log.steps] == [1, 2]
+    assert log.steps.columns["step"].tolist() == [1, 2]
     path.write_text("".join(f'{{"step": {step}, "loss": 9.0}}\n' for step in range(1, 30)))  # cut, and grown past it
     log.update()
-    assert [record["loss"] for record in log.steps] == [9.0] * 29
+    assert log.steps.columns["loss"].tolist() == [9.0] * 29
 
 
 def test_a_chain_is_joined_where_each_run_began(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ fast. The curves of a long run are averaged to POINTS points.
 
 import json
 import math
+import sys
+from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -59,7 +61,7 @@ class _Step(msgspec.Struct):
 def read_records(path: Path, kind: type[Record]) -> list[Record]:
     """Read the records of type `kind` from a jsonl file; none if the file does not exist. Lines that cannot be read as
     `kind`, such as a last line that is cut short, are skipped."""
-    return _records(files.read_bytes(path).splitlines(), kind) if path.exists() else []
+    return list(_records(files.read_bytes(path).splitlines(), kind)) if path.exists() else []
 
 
 def sample_prompts(path: Path) -> list[str]:
@@ -68,17 +70,16 @@ def sample_prompts(path: Path) -> list[str]:
     return list(dict.fromkeys(sample.prompt for sample in read_records(directory / SAMPLES, Sample)))
 
 
-def _records(lines: Iterable[bytes], kind: type[Record]) -> list[Record]:
-    """Return the records of type `kind` in lines of JSON; lines that are none or have no step are skipped."""
-    records = []
+def _records(lines: Iterable[bytes], kind: type[Record]) -> Iterator[Record]:
+    """Yield the records of type `kind` in lines of JSON; lines that are none or have no step are skipped."""
     for line in lines:
         try:
             value = json.loads(line)
             convert_record(value, _Step)
-            records.append(convert_record(value, kind))
+            record = convert_record(value, kind)
         except (ValueError, RecursionError, msgspec.ValidationError):
             continue
-    return records
+        yield record
 
 
 def append(path: Path, records: Iterable[Event | Sample]) -> None:
@@ -98,11 +99,36 @@ def cut_after(path: Path, step: int) -> None:
 
 
 @dataclass(slots=True)
+class StepTable:
+    """The figures of logged steps as columns of float64, 8 bytes each, in the order of the steps."""
+
+    columns: dict[str, "array[float]"] = field(default_factory=dict)
+    num_steps: int = 0
+
+    def append(self, record: Metrics) -> None:
+        for name in record.keys() - self.columns.keys():
+            self.columns[name] = array("d", [math.nan]) * self.num_steps
+        for name, column in self.columns.items():
+            value = record.get(name)
+            column.append(math.nan if value is None else value)
+        self.num_steps += 1
+
+    def column(self, name: str) -> np.ndarray:
+        """Return the values of one figure, float64 [num_steps]; NaN if it is missing or was not finite."""
+        return np.array(self.columns.get(name, [math.nan] * self.num_steps), np.float64)
+
+    def until(self, step: float) -> "StepTable":
+        """Return the part up to a step."""
+        number = bisect_right(self.columns.get("step", []), step)
+        return StepTable({name: column[:number] for name, column in self.columns.items()}, number)
+
+
+@dataclass(slots=True)
 class MetricsReader:
-    """Reads a metrics.jsonl that may still grow. steps, vals: the records of steps and validations read so far."""
+    """Reads a metrics.jsonl that may still grow. steps, vals: the steps and validations read so far."""
 
     path: Path
-    steps: list[Metrics] = field(default_factory=list)
+    steps: StepTable = field(default_factory=StepTable)
     vals: list[Metrics] = field(default_factory=list)
     _offset: int = 0  # bytes read so far
     _last: bytes = b""  # the line read last
@@ -116,18 +142,21 @@ class MetricsReader:
         with self.path.open("rb") as file:
             file.seek(self._offset - len(self._last))
             if file.read(len(self._last)) != self._last:
-                self.steps, self.vals, self._offset, self._last = [], [], 0, b""
+                self.steps, self.vals, self._offset, self._last = StepTable(), [], 0, b""
                 file.seek(0)
-            content = file.read()
-        complete = content[: content.rfind(b"\n") + 1]
-        self._offset += len(complete)
-        lines = complete.splitlines(keepends=True)
-        self._last = lines[-1] if lines else self._last
-        for record in _records(lines, Metrics):
-            if "loss" in record:
-                self.steps.append(record)
-            elif any(name.startswith("val_") for name in record):
-                self.vals.append(record)
+            for record in _records(self._complete_lines(file), Metrics):
+                if "loss" in record:
+                    self.steps.append(record)
+                elif any(name.startswith("val_") for name in record):
+                    self.vals.append({sys.intern(name): value for name, value in record.items()})
+
+    def _complete_lines(self, file: BinaryIO) -> Iterator[bytes]:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            self._offset += len(line)
+            self._last = line
+            yield line
 
 
 # --- one run
@@ -142,15 +171,15 @@ def run_figures(run_dir: Path, *, metrics: MetricsReader | None = None, until: i
     metrics = metrics or MetricsReader(run_dir / METRICS)
     metrics.update()
     limit = math.inf if until is None else until
-    steps = [record for record in metrics.steps if _step(record) <= limit]
+    steps = metrics.steps.until(limit)
     vals = [record for record in metrics.vals if _step(record) <= limit]
-    tokens, trained, seconds = _column(steps, "tokens"), _column(steps, "trained_tokens"), _seconds(steps)
-    numbers = [_step(record) for record in steps]
+    tokens, trained, seconds = steps.column("tokens"), steps.column("trained_tokens"), _seconds(steps)
+    numbers, skipped = steps.column("step"), np.nan_to_num(steps.column("skipped"))
     before = {"tokens": _running_sums(tokens), "hours": _running_sums(seconds / 3600)}
 
     def place(step: int) -> dict[str, float]:
         # Number of steps logged up to `step`. An event may be recorded before the line of its own step.
-        done = bisect_right(numbers, step)
+        done = bisect_right(steps.columns.get("step", []), step)
         return {"step": step, "tokens": before["tokens"][done], "hours": before["hours"][done]}
 
     return {
@@ -165,20 +194,23 @@ def run_figures(run_dir: Path, *, metrics: MetricsReader | None = None, until: i
         "world_size": run.world_size or 1,
         "params": run.num_params,
         "num_steps": run.num_steps,
-        "step": numbers[-1] if steps else 0,
+        "step": int(numbers[-1]) if steps.num_steps else 0,
         "tokens": int(np.nansum(tokens)),
         "trained_tokens": int(np.nansum(trained)),
         "hours": float(np.nansum(seconds) / 3600),
-        "skipped": int(steps[-1].get("skipped") or 0) if steps else 0,
+        "skipped": int(skipped[-1]) if steps.num_steps else 0,
         "last": _last(steps, vals),
         "settings": plain(run.settings),
         "model": plain(run.model) or {},
         "data": plain(run.data),
         "init": plain(run.init),
         "versions": run.versions or {},
-        "curves": _curves(steps, run) if steps else {},
+        "curves": _curves(steps, run) if steps.num_steps else {},
         "vals": [{**place(_step(val)), **{k: v for k, v in val.items() if k != "step"}} for val in _thinned(vals)],
-        "events": [plain(event) | place(event.step) for event in _events(run_dir, run, steps, limit)],
+        "events": [
+            plain(event) | place(event.step)
+            for event in _events(run_dir, run, numbers[np.diff(skipped, prepend=0) > 0], limit)
+        ],
         "samples": [plain(one) for one in read_records(run_dir / SAMPLES, Sample) if one.step <= limit],
     }
 
@@ -193,15 +225,10 @@ def _thinned(vals: list[Metrics]) -> list[Metrics]:
     return [vals[i] for i in np.linspace(0, len(vals) - 1, POINTS).astype(int)]
 
 
-def _column(steps: Sequence[Metrics], name: str) -> np.ndarray:
-    """Return the values of one figure, float64 [number of steps]; NaN if the figure is missing or was not finite."""
-    return np.array([math.nan if (v := step.get(name)) is None else v for step in steps], np.float64)
-
-
-def _seconds(steps: Sequence[Metrics]) -> np.ndarray:
+def _seconds(steps: StepTable) -> np.ndarray:
     """Return the seconds that each step took, from its tokens and tokens per second; 0 if the rate is unknown."""
-    rate = _column(steps, "tokens_per_s")
-    return np.where(rate > 0, _column(steps, "tokens") / np.where(rate > 0, rate, 1), 0.0)
+    rate = steps.column("tokens_per_s")
+    return np.where(rate > 0, steps.column("tokens") / np.where(rate > 0, rate, 1), 0.0)
 
 
 def _running_sums(values: np.ndarray) -> list[float]:
@@ -209,13 +236,13 @@ def _running_sums(values: np.ndarray) -> list[float]:
     return [0.0, *np.cumsum(np.nan_to_num(values)).tolist()]
 
 
-def _curves(steps: Sequence[Metrics], run: RunRecord) -> dict[str, list[float | None]]:
+def _curves(steps: StepTable, run: RunRecord) -> dict[str, list[float | None]]:
     """Return the curves of a run by name, each with at most POINTS points. More steps are divided into stretches of
     nearly equal length, of which a point is the mean, or on the axes step, tokens and hours the last value; loss_low
     and loss_high then are the lowest and the highest loss in each stretch."""
-    tokens, trained, seconds = _column(steps, "tokens"), _column(steps, "trained_tokens"), _seconds(steps)
-    columns = {name: _column(steps, name) for name in STEP_FIGURES if any(name in step for step in steps)}
-    columns["tokens_per_s"] = _column(steps, "tokens_per_s")
+    tokens, trained, seconds = steps.column("tokens"), steps.column("trained_tokens"), _seconds(steps)
+    columns = {name: steps.column(name) for name in STEP_FIGURES if name in steps.columns}
+    columns["tokens_per_s"] = steps.column("tokens_per_s")
     nonzero = np.where(seconds > 0, seconds, math.nan)
     columns["trained_per_s"] = trained / nonzero
     if run.fill:
@@ -230,17 +257,17 @@ def _curves(steps: Sequence[Metrics], run: RunRecord) -> dict[str, list[float | 
         if run.model and run.sequence_length:
             attention = attention_flops(run.model, run.sequence_length) * tokens / nonzero
             columns["mfu_attention"] = (flops + attention) / (peak * num_ranks)
-    if any("memory_bytes" in step for step in steps):
-        columns["memory_gb"] = _column(steps, "memory_bytes") / 1e9
-    edges = np.unique(np.linspace(0, len(steps), min(len(steps), POINTS) + 1).astype(int))
+    if "memory_bytes" in steps.columns:
+        columns["memory_gb"] = steps.column("memory_bytes") / 1e9
+    edges = np.unique(np.linspace(0, steps.num_steps, min(steps.num_steps, POINTS) + 1).astype(int))
     curves = {name: _rounded(_means(values, edges)) for name, values in columns.items()}
     axes = {
-        "step": _column(steps, "step"),
+        "step": steps.column("step"),
         "tokens": np.cumsum(np.nan_to_num(tokens)),
         "hours": np.cumsum(np.nan_to_num(seconds)) / 3600,
     }
     curves |= {name: _rounded(values[edges[1:] - 1]) for name, values in axes.items()}
-    if len(edges) - 1 < len(steps):
+    if len(edges) - 1 < steps.num_steps:
         loss, begins = columns["loss"], edges[:-1]
         low = np.minimum.reduceat(np.nan_to_num(loss, nan=math.inf), begins)
         high = np.maximum.reduceat(np.nan_to_num(loss, nan=-math.inf), begins)
@@ -261,12 +288,13 @@ def _rounded(values: np.ndarray) -> list[float | None]:
     return [float(f"{v:.6g}") if math.isfinite(v) else None for v in values.tolist()]
 
 
-def _last(steps: Sequence[Metrics], vals: Sequence[Metrics]) -> dict[str, float | None]:
+def _last(steps: StepTable, vals: Sequence[Metrics]) -> dict[str, float | None]:
     """Return the newest figures by name: the last step's loss and PAIR_FIGURES, all figures of the last validation, and
     best_val_loss with its step best_val_step, as far as the run has them."""
     last: dict[str, float | None] = {}
-    if steps:
-        last |= {name: steps[-1][name] for name in ("loss", *PAIR_FIGURES) if name in steps[-1]}
+    if steps.num_steps:
+        newest = {name: steps.columns[name][-1] for name in ("loss", *PAIR_FIGURES) if name in steps.columns}
+        last |= {name: None if math.isnan(value) else value for name, value in newest.items()}
     if vals:
         last |= {name: value for name, value in vals[-1].items() if name.startswith("val_")}
         losses = [(loss, _step(val)) for val in vals if (loss := val.get("val_loss")) is not None]
@@ -275,17 +303,12 @@ def _last(steps: Sequence[Metrics], vals: Sequence[Metrics]) -> dict[str, float 
     return last
 
 
-def _events(run_dir: Path, run: RunRecord, steps: Sequence[Metrics], limit: float) -> list[Event]:
-    """Return recorded events, resumptions ("resume", from run.json) and skipped updates ("skip", from the count in
-    metrics.jsonl) up to the step `limit`, in the order of their steps; each event at most once per step."""
+def _events(run_dir: Path, run: RunRecord, skipped: np.ndarray, limit: float) -> list[Event]:
+    """Return recorded events, resumptions ("resume", from run.json) and skipped updates ("skip", after the steps
+    `skipped`) up to the step `limit`, in the order of their steps; each event at most once per step."""
     events = read_records(run_dir / EVENTS, Event)
     events += [Event(one.step, "resume", f"{one.device}, world size {one.world_size}") for one in run.resumed or ()]
-    before: float = 0
-    for step in steps:
-        count = step.get("skipped") or 0
-        if count > before:
-            events.append(Event(_step(step), "skip"))
-        before = count
+    events += [Event(int(step), "skip") for step in skipped]
     unique = {(event.step, event.event): event for event in events if event.step <= limit}
     return [unique[key] for key in sorted(unique)]
 
