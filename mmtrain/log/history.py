@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -26,6 +26,7 @@ from mmtrain.records import RUN, RunRecord, read_run
 
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.jsonl"
 POINTS = 400  # the most points of a curve
+MAX_FIGURE = 1e30  # the largest figure that is read from metrics.jsonl
 PAIR_FIGURES = ("accuracy", "reward_margin", "chosen_drift", "rejected_drift", "chosen_logps", "rejected_logps")
 STEP_FIGURES = ("loss", "lr", "grad_norm", *PAIR_FIGURES)
 
@@ -52,7 +53,7 @@ class Sample(msgspec.Struct):
 class _Step(msgspec.Struct):
     """The part that all records of a run's jsonl files have in common."""
 
-    step: int
+    step: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
 # --- jsonl files of a run
@@ -145,6 +146,8 @@ class MetricsReader:
                 self.steps, self.vals, self._offset, self._last = StepTable(), [], 0, b""
                 file.seek(0)
             for record in _records(self._complete_lines(file), Metrics):
+                if not all(value is None or abs(value) <= MAX_FIGURE for value in record.values()):
+                    continue  # no run writes such a figure, nor NaN
                 if "loss" in record:
                     self.steps.append(record)
                 elif any(name.startswith("val_") for name in record):
@@ -228,7 +231,8 @@ def _thinned(vals: list[Metrics]) -> list[Metrics]:
 def _seconds(steps: StepTable) -> np.ndarray:
     """Return the seconds that each step took, from its tokens and tokens per second; 0 if the rate is unknown."""
     rate = steps.column("tokens_per_s")
-    return np.where(rate > 0, steps.column("tokens") / np.where(rate > 0, rate, 1), 0.0)
+    is_known = rate > 1e-9
+    return np.where(is_known, steps.column("tokens") / np.where(is_known, rate, 1), 0.0)
 
 
 def _running_sums(values: np.ndarray) -> list[float]:
