@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shlex
 import subprocess
 import time
@@ -19,7 +20,32 @@ from mmtrain.log.report import run_page
 from mmtrain.records import newest_state
 from mmtrain.train.loop import train
 
-COMMANDS = ("show data/sft_512.jsonl --tokenizer data/tokenizer", "validate data/sft_512.jsonl", "fetch --list --json")
+COMMANDS = (
+    "show data/sft_512.jsonl --tokenizer data/tokenizer",
+    "validate data/sft_512.jsonl",
+    "fetch --list --json",
+    "stats data/sft_512.jsonl",
+    "pack data/sft_512.jsonl --tokenizer data/tokenizer --max-len 128 --workers 1 --no-report",
+    "tokenizer check data/tokenizer",
+    "doctor",
+)
+
+
+# Where the clock that may jump is read: times that are only recorded or shown, and one wait, of at most 300 s.
+WALL_CLOCK = {
+    "mmdata/hub/sources.py",
+    "mmtrain/commands/project/runner.py",
+    "mmtrain/convert/foreign.py",
+    "mmtrain/inference/serve/app.py",
+    "mmtrain/train/run.py",
+}
+
+
+def test_durations_and_deadlines_are_of_clocks_that_do_not_jump() -> None:
+    root = Path(__file__).resolve().parents[2]
+    paths = [path for room in ("mmdata", "mmtrain") for path in (root / room).rglob("*.py")]
+    found = {path for path in paths if re.search(r"\btime\.time\(|\bcreate_time\(\) [-=<>]", path.read_text())}
+    assert {str(path.relative_to(root)) for path in found} == WALL_CLOCK
 
 
 @pytest.mark.slow

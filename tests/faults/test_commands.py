@@ -29,6 +29,8 @@ COMMANDS = {
     "longer": "tokenizer extend data/tokenizer --add '<|new|>' --out OUT/longer",
     "shards": "pack data/sft_512.jsonl --tokenizer data/tokenizer --max-len 128 --workers 1 --no-report --out OUT/packed",
     "page": "stats data/sft_512.jsonl --html OUT/page.html --workers 1",
+    "report": "report RUN --html OUT/page.html",
+    "losses": "eval RUN --per-sequence OUT/losses.jsonl --noisiest 3",
     "hf": "export RUN --format hf --out OUT/hf",
     "gguf": "export RUN --format gguf --out OUT/gguf",
 }
