@@ -125,7 +125,8 @@ def test_the_best_checkpoint_stays_when_later_ones_are_worse(
 def test_a_new_best_is_saved_between_the_usual_saves(data: Data, tmp_path: Path) -> None:
     run = config_of("sft", data, tmp_path / "run", model="tiny", val_every=2, save_every=0, quiet=True)
     train(run)
-    assert checkpoint.find(run.out / "checkpoints/step-6").state.best.step == 6
+    best = checkpoint.find(run.out / "checkpoints/step-6").state.best
+    assert best is not None and best.step == 6
 
 
 def test_when_memory_runs_out_the_micro_batch_is_halved_and_nothing_else_changes(
@@ -136,11 +137,11 @@ def test_when_memory_runs_out_the_micro_batch_is_halved_and_nothing_else_changes
     train(replace(whole, quiet=True))
     sizes: list[int] = []
 
-    def small_memory(model: Model, batch: Batch, ref: None, beta: float) -> Outcome:
+    def small_memory(model: Model, batch: Batch, ref: None, objective: Objective) -> Outcome:
         if batch.num_tokens > 300:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         sizes.append(batch.num_tokens)
-        return next_token(model, batch, ref, beta)
+        return next_token(model, batch, ref, objective)
 
     with_loss(monkeypatch, small_memory)
     said: list[str] = []

@@ -136,28 +136,27 @@ def score_demo(run: Path, questions: "list[Question]", pairs: Path) -> DemoFigur
     from mmdata.encode.rows import Message
     from mmdata.encode.template import Template
     from mmdata.shards.dataset import open_dataset
-    from mmdata.shards.pairs import PairLoader
     from mmdata.tokenizer.tokenizer import Tokenizer
     from mmtrain.checkpoint import load_model
     from mmtrain.inference.chat import answer_batch
-    from mmtrain.inference.evaluate import evaluate
+    from mmtrain.inference.score import figures, score
 
     tokenizer = Tokenizer.load(run / "tokenizer")
     model = load_model(run)[0].eval()
     conversations = [[Message(m["role"], m["content"]) for m in question.messages] for question in questions]
     answers = answer_batch(model, tokenizer, Template(tokenizer), conversations, max_new_tokens=48)
-    score = recipe.score(questions, answers)
-    ranked = evaluate(model, PairLoader([open_dataset(pairs)], batch_tokens=2**14, seed=0), tokenizer)
+    exam = recipe.score(questions, answers)
+    [ranked] = figures(score(model, tokenizer, open_dataset(pairs), "train")).values()
     transcript = []
     for question in recipe.showcase(questions):
         answer = answers[questions.index(question)].strip()
         record = {"messages": question.messages, "answer": answer, "expected": question.whole}
         transcript.append({**record, "is_exact": recipe.is_exact(question, answer)})
     return {
-        "exact": score.exact,
-        "sentences": score.sentences,
-        "by_subject": score.by_subject,
-        "preference_accuracy": ranked["accuracy"],
+        "exact": exam.exact,
+        "sentences": exam.sentences,
+        "by_subject": exam.by_subject,
+        "preference_accuracy": ranked["all"]["accuracy"],
         "transcript": transcript,
     }
 
