@@ -119,7 +119,7 @@ def test_the_best_checkpoint_stays_when_later_ones_are_worse(
     result = train(run)
     kept = sorted(path.name for path in (run.out / "checkpoints").iterdir())
     assert kept == ["step-2", "step-6", "step-7"] and result.best_checkpoint == run.out / "checkpoints/step-2"
-    assert checkpoint.find(run.out).state.best == BestRecord(2, 1.0)
+    assert checkpoint.find(run.out).state.best == BestRecord(2, 1.0, since=5)
 
 
 def test_a_new_best_is_saved_between_the_usual_saves(data: Data, tmp_path: Path) -> None:
