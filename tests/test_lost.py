@@ -51,6 +51,7 @@ def row(*messages: dict[str, Any], **fields: Any) -> Conversation:
 
 ASK = {"role": "user", "content": "Ask"}
 TELL = {"role": "assistant", "content": "Tell"}
+SYSTEM = {"role": "system", "content": "Be brief"}
 
 
 def called(*calls: tuple[str, str], **more: Any) -> dict[str, Any]:
@@ -193,6 +194,15 @@ def test_no_part_of_a_message_is_written_twice_or_out_of_its_place(case: str) ->
     with pytest.raises(BadRow, match="is written twice, or out of its place"):
         template(text).segments(conversation)
     assert template(WITH_REASONING.replace("<|im_end|>", CALLS + "<|im_end|>")).segments(conversation)
+
+
+@pytest.mark.parametrize("messages", [(ASK, SYSTEM, TELL), (ASK, TELL, SYSTEM, ASK, TELL)])
+def test_a_template_may_write_system_messages_first(messages: tuple[dict[str, Any], ...]) -> None:
+    """DeepSeek's does."""
+    first = LOOP.replace(" %}", " if m.role == 'system' %}", 1) + LOOP.replace(" %}", " if m.role != 'system' %}", 1)
+    segments = template(first).segments(row(*messages))
+    assert "".join(segment.text for segment in segments).startswith("<|im_start|>system\nBe brief")
+    assert sum("Tell" in segment.text and segment.is_trained for segment in segments) == len(messages) // 2
 
 
 TEXT = st.text(st.sampled_from("ab <>/|é\n{}\"'\\"), max_size=9)

@@ -371,11 +371,11 @@ class Template:
             )
             if source.message < 0 or is_name:
                 continue
-            is_moved = source.message < place and messages[source.message].role != "system"
-            if is_moved or first < shown.get(source, 0):
+            is_system = messages[source.message].role == "system"
+            if (source.message < place and not is_system) or first < shown.get(source, 0):
                 detail = f"message {source.message + 1} is written twice, or out of its place"
                 raise BadRow("template cannot be cut", detail)
-            place, shown[source] = max(place, source.message), last
+            place, shown[source] = place if is_system else source.message, last
 
     def _check_content_stays_plain(self, conversation: Conversation, text: str) -> None:
         """Raise BadRow if control tokens that the template wrote cannot be told from special-token strings in the
