@@ -347,6 +347,7 @@ def test_records_of_parts_that_are_not_those_of_the_manifest_are_refused(
     ("before", "after", "words"),
     [
         ('"path":"train', '"path":"../train', "is not inside the dataset"),
+        ("sources/part-00000", "sources/part-00001", "not named as a file of this part"),
         ('"split":"train"', '"split":"trial"', "split trial"),
         ('"kept":', '"kept":-', "part 0: kept: expected"),
         ('{"part":0', '{"part":5', "part 0: it is of part 5"),

@@ -303,7 +303,7 @@ def warn_of_contained(results: "list[PackResult]", files: Sequence[str]) -> None
     if (num_rows := sum(packed.kept for packed in results)) > MOST_COMPARED:
         say(f"note: {num_rows:,} rows are too many to compare files with each other; --dedup exact takes rows once")
         return
-    command = [word for word in without_option(sys.argv[1:], "--dedup", "--json") if word not in files]
+    command = [word for word in without_option(sys.argv[1:], "--dedup", "--json", "--out") if word not in files]
     for pair in find_contained([open_dataset(packed.out) for packed in results]):
         both = [str(pair.inner), str(pair.outer), "--out", str(SHARDS_DIR / "NAME"), "--dedup", "exact"]
         once = shlex.join(["mm", *command, *both])

@@ -234,9 +234,8 @@ class Dataset:
         self.tokenizer_sha256 = manifest.tokenizer.sha256
         self.tokenizer_dir = directory / "tokenizer"
         self.inputs = [file.path for file in manifest.inputs]  # paths as they were given to `mm pack`
-        self._files: OrderedDict[tuple[str, int, int], ArrowFile] = (
-            OrderedDict()
-        )  # mapped, the one used last at the end
+        # The files that are mapped, by ShardRecord.key, the one used last at the end.
+        self._files: OrderedDict[tuple[str, int, int], ArrowFile] = OrderedDict()
         self._lock = threading.Lock()  # a loader reads ahead in a thread
         self._splits = {name: Split(self, name) for name in SPLITS}
         for shard in self.parts.shards:
@@ -316,8 +315,8 @@ def content_check(directory: Path, manifest: Manifest, parts: Parts) -> Callable
             return str(error)
         if file in part.files:
             return next(source_problems(opened, manifest, part), "")
-        shard = next(shard for shard in part.shards if shard.path == file.path)
-        return next(shard_problems(opened, manifest, shard, part), "")
+        shard = next((shard for shard in part.shards if shard.file == file), None)
+        return next(shard_problems(opened, manifest, shard, part), "") if shard else ""
 
     return problem_of
 

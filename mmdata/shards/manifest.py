@@ -346,6 +346,9 @@ class Parts:
         if part.part != number:
             raise ValueError(f"it is of part {part.part}")
         _check_inside(part.all_files)
+        for file in part.all_files:
+            if _number_in(file.path) != number:
+                raise ValueError(f"{file.path} is not named as a file of this part")
         for shard in part.shards:
             if shard.split not in SPLITS or shard.bucket not in self._manifest.buckets or shard.part != number:
                 raise ValueError(f"{shard.path} is of split {shard.split}, bucket {shard.bucket}, part {shard.part}")

@@ -42,9 +42,11 @@ def verify(directory: Path, progress: Progress = no_progress) -> list[Problem]:
         if what := checksums.difference(directory, file) or content_problem(file):
             return what
         part = parts.of_file(file.path)
-        expected = next((shard.token_digest for shard in part.shards if shard.path == file.path), "") if part else ""
-        digest = dataset.token_digest(read_arrow(directory / file.path), manifest.kind) if expected else ""
-        return "" if digest == expected else f"token_digest is {digest}, expected {expected}"
+        shard = next((shard for shard in part.shards if shard.file == file), None) if part else None
+        if shard is None:
+            return ""
+        digest = dataset.token_digest(read_arrow(directory / file.path), manifest.kind)
+        return "" if digest == shard.token_digest else f"token_digest is {digest}, expected {shard.token_digest}"
 
     for file, what in in_threads(wrong, parts.files):
         problems += [Problem(file.path, what)] if what else []

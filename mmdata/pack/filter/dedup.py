@@ -3,7 +3,7 @@
 A first pass over the parts writes hashes of each row (its keys) to the directory in which the dataset is being packed.
 The keys of all parts are then compared, and for each part a file is written with the lines to leave out. Of equal rows,
 the first by input file and offset is packed, whichever process packs it. Memory: 24 bytes a row of the dataset, and the
-keys of SLICE_ROWS rows at a time. Disk: 44 bytes a row, or 164 if near duplicates are searched.
+keys of SLICE_ROWS rows at a time. Disk: 44 bytes a row, or 172 if near duplicates are searched.
 
 The text of a row is hashed to a MinHash of 128 entries over its 5-grams, which is divided into 16 bands of 8 entries.
 Rows are near duplicates if all 8 entries of a band are equal. For rows with Jaccard similarity s the probability of
