@@ -1,6 +1,7 @@
 """What is told of runs, against plain sums over metrics.jsonl; files that a kill has torn; chains of runs."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,19 @@ def test_cutting_a_file_leaves_whole_lines(tmp_path: Path) -> None:
         (2, ""),
         (3, "512 tokens"),
     ]
+
+
+def test_a_file_may_have_any_number_of_lines_but_none_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history.files, "MAX_WHOLE_BYTES", 1000)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(1, 101)))
+    history.cut_after(path, 90)
+    metrics = history.MetricsReader(path)
+    metrics.update()
+    assert metrics.steps.num_steps == 90
+    os.truncate(path, path.stat().st_size + 2 * history.MAX_LINE_BYTES)
+    for read in (metrics.update, lambda: history.cut_after(path, 90)):
+        with pytest.raises(OSError, match=r"a line of more than .*metrics\.jsonl"):
+            read()

@@ -5,6 +5,7 @@ The files are run.json, metrics.jsonl, samples.jsonl and events.jsonl. Does not 
 fast. The curves of a long run are averaged to POINTS points.
 """
 
+import errno
 import json
 import math
 import sys
@@ -26,6 +27,7 @@ from mmtrain.records import RUN, RunRecord, read_run
 
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.jsonl"
 POINTS = 400  # the most points of a curve
+MAX_LINE_BYTES = 2**20  # of a jsonl file that may have any number of lines
 MAX_FIGURE = 1e30  # the largest figure that is read from metrics.jsonl
 PAIR_FIGURES = ("accuracy", "reward_margin", "chosen_drift", "rejected_drift", "chosen_logps", "rejected_logps")
 STEP_FIGURES = ("loss", "lr", "grad_norm", *PAIR_FIGURES)
@@ -93,10 +95,19 @@ def cut_after(path: Path, step: int) -> None:
     """Remove from a jsonl file, if it exists, the records of steps after `step`, which a resumed run will write again,
     and lines that cannot be read."""
     if path.exists():
-        # Bytes are split, because str.splitlines would also split at U+2028, which a text may contain.
-        lines = files.read_bytes(path).splitlines()
-        kept = [line + b"\n" for line in lines if any(one.step <= step for one in _records([line], _Step))]
-        files.write_bytes(path, b"".join(kept))
+        files.check_regular(path)
+        with files.atomic_path(path) as partial, path.open("rb") as file, partial.open("wb") as kept:
+            for line in _lines(file):
+                if any(one.step <= step for one in _records([line], _Step)):
+                    kept.write(line.removesuffix(b"\n") + b"\n")
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a file that may be of any size. Raises OSError for a line of more than MAX_LINE_BYTES."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        if len(line) > MAX_LINE_BYTES:
+            raise OSError(errno.EFBIG, f"has a line of more than {MAX_LINE_BYTES:,} bytes", str(file.name))
+        yield line
 
 
 @dataclass(slots=True)
@@ -139,7 +150,7 @@ class MetricsReader:
         line read last is no longer at its place, because a resumed run has cut the file."""
         if not self.path.exists():
             return
-        files.check_regular(self.path, files.MAX_WHOLE_BYTES)
+        files.check_regular(self.path)
         with self.path.open("rb") as file:
             file.seek(self._offset - len(self._last))
             if file.read(len(self._last)) != self._last:
@@ -154,7 +165,7 @@ class MetricsReader:
                     self.vals.append({sys.intern(name): value for name, value in record.items()})
 
     def _complete_lines(self, file: BinaryIO) -> Iterator[bytes]:
-        for line in file:
+        for line in _lines(file):
             if not line.endswith(b"\n"):
                 return
             self._offset += len(line)
