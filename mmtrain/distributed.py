@@ -166,14 +166,14 @@ def _texts(fact: object) -> str | dict[str, str]:
 
 
 def differences(these: Mapping[str, Any], those: Mapping[str, Any]) -> Iterator[str]:
-    """Yield, in words, what differs between two mappings with equal names: of a mapping in them, and of a short text, with
-    both values; of a longer one, such as a hash, the name alone."""
+    """Yield in words what differs between two mappings with equal names. Of a short text both values are given, of a
+    longer one, such as a hash, only the name; of a mapping, the first MOST_NAMED differences, with both values."""
     for name in (name for name in those if these[name] != those[name]):
         this, that = these[name], those[name]
         if isinstance(this, dict):
-            unlike = [key for key in that if this.get(key) != that[key]]
+            unlike = [key for key in that | this if this.get(key) != that.get(key)]
             more = f" and {len(unlike) - MOST_NAMED} more" if len(unlike) > MOST_NAMED else ""
-            shown = ", ".join(f"{key} {this.get(key)} instead of {that[key]}" for key in unlike[:MOST_NAMED])
+            shown = ", ".join(f"{key} {this.get(key)} instead of {that.get(key)}" for key in unlike[:MOST_NAMED])
             yield f"{name} ({shown}{more})"
         else:
             yield f"{name} ({this} instead of {that})" if len(this + that) <= SHORT else name

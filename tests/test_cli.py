@@ -251,7 +251,7 @@ def test_a_short_demo_says_why_a_figure_is_missing(tmp_path: Path, capsys: pytes
     }
     for more, is_said in (({}, True), ({"bits_per_byte": 1.0}, False)):
         print_demo({"questions": 2, "minutes": 0.1, "stages": [stage | more]}, tmp_path)
-        assert ("-: so short a demo holds no row" in capsys.readouterr().out) == is_said
+        assert ("-: in so short a demo no row" in capsys.readouterr().out) == is_said
 
 
 def test_a_share_of_very_few_rows_is_worded(home: Path, mm: Run) -> None:

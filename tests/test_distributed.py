@@ -262,6 +262,8 @@ def test_differences_between_ranks_are_named_with_both_values() -> None:
     other = {**usual, "step": "0", "settings": {**usual["settings"], "lr": "0.2"}}  # type: ignore[dict-item]
     assert list(distributed.differences(other, usual)) == ["step (0 instead of 6)", "settings (lr 0.2 instead of 0.1)"]
     other |= {"data": "b" * 64, "settings": dict.fromkeys(usual["settings"], "7")}
+    newer = {**usual, "settings": {**usual["settings"], "t": "2"}}  # type: ignore[dict-item]
+    assert list(distributed.differences(newer, usual)) == ["settings (t 2 instead of None)"]
     data, _, settings = distributed.differences(other, usual)
     assert data == "data" and settings.endswith("s3 7 instead of 0 and 5 more)")
 

@@ -144,8 +144,8 @@ def partial_path(path: Path) -> Path:
 
 @lru_cache(32)
 def _remove_partials(directory: Path) -> None:
-    """Remove the hidden files and directories that killed processes of this machine have left in a directory; seldom more than once,
-    so that writing many files stays cheap."""
+    """Remove the hidden files and directories that killed processes of this machine have left in a directory; seldom
+    more than once, so that writing many files stays cheap."""
     if os.name == "nt":
         return  # there is no signal 0 to ask with whether a process is alive
     for path in directory.glob(f".*.{glob.escape(socket.gethostname())}-*.partial"):
@@ -153,7 +153,7 @@ def _remove_partials(directory: Path) -> None:
         try:
             os.kill(int(pid), 0)
         except ProcessLookupError:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         except (ValueError, OverflowError, PermissionError):
             continue  # named by something else, or a process of another user
 

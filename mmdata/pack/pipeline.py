@@ -363,8 +363,8 @@ def _identity(inputs: Sequence[FileEntry]) -> list[tuple[str, int, str]]:
 
 
 def _resume(staging: Staging, job: _Job) -> dict[int, RecordPlace]:
-    """Return the places of the records of the parts finished by an earlier, unfinished pack with the same key, by number; remove what
-    one with another key left. Either is noted."""
+    """Return the places of the records of the parts finished by an earlier, unfinished pack with the same key, by
+    number; remove what one with another key left. Either is noted."""
     key, begun = PackKey.of(job.header), staging.begun()
     if begun is not None and (differences := key.differences(begun)):
         job.note(f"an unfinished pack to {job.out} cannot be gone on with ({'; '.join(differences)}): it is begun anew")

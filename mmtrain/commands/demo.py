@@ -178,7 +178,7 @@ def print_demo(figures: DemoFigures, out: Path) -> None:
     result()
     table(f"{figures['questions']} held-out questions, none of them trained on", columns, rows)
     if any("bits_per_byte" not in stage for stage in figures["stages"]):
-        result("-: so short a demo holds no row of this stage out; more --minutes do")
+        result("-: in so short a demo no row of this stage is held out; give more --minutes")
     result()
     for answered in figures["stages"][-1]["transcript"]:
         for message in answered["messages"]:

@@ -248,9 +248,9 @@ def _unseen_notes(out: Path, world: World) -> list[str]:
     seen = world.gather((out.parent / f"{mark}{number}").exists())
     if world.is_first:
         (out.parent / f"{mark}{number}").unlink()
-    unseen = ", ".join(str(rank) for rank, (is_seen,) in enumerate(seen) if not is_seen)
-    what = f"the machines of ranks {unseen} do not see {out}, which rank 0 writes"
-    return [f"note: {what}: to resume the run, they need it too, under the same path"] if unseen else []
+    unseen = ", ".join(f"rank {rank}" for rank, (is_seen,) in enumerate(seen) if not is_seen)
+    what = f"{out}, which rank 0 writes, is not on the machine of {unseen}"
+    return [f"note: {what}: to resume the run it must be there too, under the same path"] if unseen else []
 
 
 def _since_best(resumed: checkpoint.Checkpoint) -> int:

@@ -55,7 +55,8 @@ def load_strictly(raw: bytes) -> Any:
     except BadRow:
         raise
     except json.JSONDecodeError as error:
-        raise BadRow("not json", f"{error.msg.removesuffix(' at')}, at character {error.pos + 1:,}") from None
+        place = f"{'' if error.msg.endswith(' at') else ', at'} character {error.pos + 1:,}"
+        raise BadRow("not json", error.msg + place) from None
     except ValueError as error:  # NaN, or an integer with too many digits
         raise BadRow("not json", str(error)[:200]) from None
     if b"\\u" in raw and _SURROGATE.search(raw):
