@@ -204,11 +204,11 @@ def test_a_file_may_have_any_number_of_lines_but_none_without_end(
 ) -> None:
     monkeypatch.setattr(history.files, "MAX_WHOLE_BYTES", 1000)
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(1, 101)))
+    path.write_text("".join(f'{{"step": {step}, "loss": 1.0, "other{step}": 1}}\n' for step in range(1, 101)))
     history.cut_after(path, 90)
     metrics = history.MetricsReader(path)
     metrics.update()
-    assert metrics.steps.num_steps == 90
+    assert metrics.steps.num_steps == 90 and metrics.steps.columns.keys() == {"step", "loss"}
     os.truncate(path, path.stat().st_size + 2 * history.MAX_LINE_BYTES)
     for read in (metrics.update, lambda: history.cut_after(path, 90)):
         with pytest.raises(OSError, match=r"a line of more than .*metrics\.jsonl"):

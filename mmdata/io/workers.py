@@ -262,10 +262,9 @@ def _check_listening(address: str) -> None:
 def _gather(
     ray: Any, begin: Callable[[int, Any], Any], counts: Any, jobs: Sequence[Any], total: int, progress: CountedProgress
 ) -> list[Any]:
-    """Return the results of all jobs in order. begin: starts the task of a job, given its number. counts: `_Counts` as an
-    actor. The first error noticed is raised
-    without waiting for others: an MMError of the job as it is, others as ray's RayTaskError, and MMError if a ray worker
-    died."""
+    """Return the results of all jobs in order. begin: starts the task of a job, given its number. counts: `_Counts` as
+    an actor. The first error noticed is raised without waiting for others: an MMError of the job as it is, others as
+    ray's RayTaskError, and MMError if a ray worker died."""
     most = max(RAY_TASKS, 4 * int(ray.cluster_resources().get("CPU", 1)))
     todo, running, done = iter(enumerate(jobs)), {}, [0] * COUNTS
     results: list[Any] = [None] * len(jobs)
@@ -304,9 +303,9 @@ class _Counts:
 
 
 def _work_on_ray(shared: tuple[Callable[[], Any], str, Any], number: int, job: Any) -> tuple[Any, list[int]]:
-    """Run one job in a ray worker process; return its result and its COUNTS summed counts. shared: `make`, the directory
-    that relative paths are of, and the actor to which the counts are reported every REPORT_S seconds. The work function is created once in a process for all tasks with an equal
-    `make`. An MMError names the node."""
+    """Run one job in a ray worker process; return its result and its COUNTS summed counts. shared: `make`, the
+    directory that relative paths are of, and the actor to which the counts are reported every REPORT_S seconds. The
+    work function is created once in a process for all tasks with an equal `make`. An MMError names the node."""
     make, directory, actor = shared
     with contextlib.suppress(OSError):  # a node may lack it: absolute paths are found all the same
         os.chdir(directory)

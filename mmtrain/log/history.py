@@ -31,6 +31,7 @@ MAX_LINE_BYTES = 2**20  # of a jsonl file that may have any number of lines
 MAX_FIGURE = 1e30  # the largest figure that is read from metrics.jsonl
 PAIR_FIGURES = ("accuracy", "reward_margin", "chosen_drift", "rejected_drift", "chosen_logps", "rejected_logps")
 STEP_FIGURES = ("loss", "lr", "grad_norm", *PAIR_FIGURES)
+COLUMNS = frozenset(("step", "tokens", "trained_tokens", "tokens_per_s", "skipped", "memory_bytes", *STEP_FIGURES))
 
 Metrics = dict[str, int | float | None]  # a line of metrics.jsonl: figures of a step or of a validation (named val_…)
 RunFigures = dict[str, Any]  # one run in `mm report --json`; see `run_figures`
@@ -112,13 +113,13 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 @dataclass(slots=True)
 class StepTable:
-    """The figures of logged steps as columns of float64, 8 bytes each, in the order of the steps."""
+    """The figures COLUMNS of logged steps as columns of float64, 8 bytes each, in the order of the steps."""
 
     columns: dict[str, "array[float]"] = field(default_factory=dict)
     num_steps: int = 0
 
     def append(self, record: Metrics) -> None:
-        for name in record.keys() - self.columns.keys():
+        for name in (COLUMNS & record.keys()) - self.columns.keys():
             self.columns[name] = array("d", [math.nan]) * self.num_steps
         for name, column in self.columns.items():
             value = record.get(name)
