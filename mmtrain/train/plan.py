@@ -16,7 +16,7 @@ from mmdata.tokenizer.tokenizer import Tokenizer
 from mmtrain import checkpoint
 from mmtrain.checkpoint import Checkpoint
 from mmtrain.config import STAGE_KINDS, TrainOptions, TrainSettings, shape_from, stage_of
-from mmtrain.distributed import World
+from mmtrain.distributed import World, ranks_here
 from mmtrain.log import trackers
 from mmtrain.model import preference
 from mmtrain.model.batch import pinned
@@ -279,8 +279,9 @@ def _find_resumed(options: TrainOptions, world: World) -> Checkpoint | None:
         if options.resume:
             runs = sorted(str(path.parent) for path in options.out.parent.glob(f"*/{RUN}"))
             there = f"there is {', '.join(runs)}" if runs else f"there is none under {options.out.parent}/"
-            shared = "; all machines need the run's directory, under the same path"
-            fix = f"{there}{shared if world.size > 1 else '; leave --resume out to start one'}"
+            is_one_machine = ranks_here(world) == world.size
+            shared = "all machines need the run's directory, under the same path"
+            fix = f"{there}; {'leave --resume out to start one' if is_one_machine else shared}"
             raise CheckpointError(f"{options.out}: no such run", fix)
         return None
     if not options.resume:
