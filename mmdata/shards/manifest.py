@@ -464,7 +464,7 @@ def read_manifest(directory: Path) -> Manifest:
         content = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         if is_unfinished(directory):
-            fix = "the same mm pack command goes on; what was packed with --shard is published by --finish in its place"
+            fix = "run the same mm pack command again; after --shard, with --finish in place of it"
             raise DatasetError(f"{directory} is not published yet: its packing has not ended", fix) from None
         raise DatasetError(f"{directory} is not a packed dataset: it has no {MANIFEST}", pack_it) from None
     except OSError as error:
