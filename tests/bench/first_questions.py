@@ -3,9 +3,9 @@
 A test holds that none of first_questions.json is trained on. Its sets: "tuned" was looked at while the demo's texts were
 written, "unseen" was written by someone who had not seen them and never looked at, "final" was written after the last
 change of the wordings, before the run that was measured, and "fresh" after every change of the data and the recipe, by
-someone who had seen neither. A sum counts as right if the answer's last number is the sum;
-any other question if the answer is one of the two that the demo teaches for its kind. "Can you …?" may be answered with
-what the model can do or with that it does not know, and a question in both languages, or in neither, in either.
+two who had seen neither. A sum counts as right if the answer's last number is the sum; any other question if the answer
+is one of the two that the demo teaches for its kind. "Can you …?" may be answered with what the model can do or with
+that it does not know, and a question in both languages, or in neither, in either.
 """
 
 import argparse

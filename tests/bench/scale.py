@@ -301,7 +301,7 @@ def constants(path: Path, tokenizer: Path, root: Path) -> dict[str, float]:
         result.number = number
         result.shards = [msgspec.structs.replace(shard, part=number) for shard in result.shards]
     tracemalloc.start()
-    summary, lines = Summary(job.header), 0
+    summary = Summary(job.header)
     for result in many:
         summary.add(result)
     found["result, kB"] = tracemalloc.get_traced_memory()[0] / 1e6
