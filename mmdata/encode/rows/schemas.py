@@ -123,11 +123,8 @@ class Columns:
         if "input" in found and "prompt" not in found:
             found["prompt"] = found.pop("input")
         is_known = bool(found)
-        if (
-            not found
-            and "text" not in self.mapping
-            and not any(_holds_rows(key, value) for key, value in values.items())
-        ):
+        may_guess = not found and "text" not in self.mapping
+        if may_guess and not any(_holds_rows(key, value) for key, value in values.items()):
             texts = [column for column in others if type(values[column]) is str and not is_metadata(column)]
             if len(texts) == 1:
                 found["text"] = texts[0]
