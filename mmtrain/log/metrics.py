@@ -113,8 +113,9 @@ def step_figures(record: Mapping[str, float]) -> str:
 
 def val_losses(run_dir: Path) -> list[float]:
     """Return the validation losses in a run's metrics.jsonl, if it exists, in order; NaN for one that was not finite."""
-    records = history.read_records(run_dir / history.METRICS, history.Metrics)
-    losses = [record["val_loss"] for record in records if "val_loss" in record]
+    reader = history.MetricsReader(run_dir / history.METRICS)
+    reader.update()
+    losses = [val["val_loss"] for val in reader.vals if "val_loss" in val]
     return [math.nan if loss is None else loss for loss in losses]
 
 
