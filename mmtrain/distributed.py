@@ -114,7 +114,8 @@ class World:
             box: list[Any] = [(_node(), error.message, error.fix)]
         else:
             box = [None]
-        dist.broadcast_object_list(box, src=first, device=self.device)
+        with self._lost_rank():
+            dist.broadcast_object_list(box, src=first, device=self.device)
         if error is not None and self.rank == first:
             raise error
         node, message, fix = box[0]
@@ -135,7 +136,8 @@ class World:
         if rows == [usual] * self.size:
             return
         known: list[Any] = [None] * self.size
-        dist.all_gather_object(known, {name: _texts(value) for name, value in facts.items()})
+        with self._lost_rank():
+            dist.all_gather_object(known, {name: _texts(value) for name, value in facts.items()})
         whole = rows.index(usual)
         others = [
             f"rank {number} has other {', '.join(differences(known[number], known[whole]))}"
