@@ -24,6 +24,7 @@ READ: dict[str, tuple[bytes, int, dict[str, int]]] = {  # file: its content, row
     "a comment.jsonl": (b'// export\n{"text":"a"}\n{"text":"b"}\n', 2, {"not json": 1}),
     "a number that is none.jsonl": (b'{"text":"a","score":NaN}\n' + b'{"text":"b"}\n' * 30, 30, {"not json": 1}),
     "a cut line.jsonl": (b'{"text":"a"}\n{"text":"b', 1, {"not json": 1}),
+    "figures beside the text.jsonl": (b'{"raw_content":"a b","quality_signals":{"n":1,"spans":[[0,1,2]]}}\n' * 2, 2, {}),
     "an array of lines.jsonl": (b'[\n{"text":"a"},\n{"text":"b"}\n]\n', 2, {}),
     "a comma before the end of the array.json": (b'[{"text":"a"},{"text":"b"},]', 2, {}),
     "two arrays.json": (b'[{"text":"a"}][{"text":"b"}]', 2, {}),

@@ -28,7 +28,7 @@ from mmtrain.records import RUN, RunRecord, read_run
 METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.jsonl"
 POINTS = 400  # the most points of a curve
 MAX_LINE_BYTES = 2**20  # of a jsonl file that may have any number of lines
-MAX_FIGURE = 1e30  # the largest figure that is read from metrics.jsonl
+MAX_FIGURE = 1e30  # a figure of metrics.jsonl beyond it, or NaN, counts as not finite
 PAIR_FIGURES = ("accuracy", "reward_margin", "chosen_drift", "rejected_drift", "chosen_logps", "rejected_logps")
 STEP_FIGURES = ("loss", "lr", "grad_norm", *PAIR_FIGURES)
 COLUMNS = frozenset(("step", "tokens", "trained_tokens", "tokens_per_s", "skipped", "memory_bytes", *STEP_FIGURES))
@@ -158,12 +158,14 @@ class MetricsReader:
                 self.steps, self.vals, self._offset, self._last = StepTable(), [], 0, b""
                 file.seek(0)
             for record in _records(self._complete_lines(file), Metrics):
-                if not all(value is None or abs(value) <= MAX_FIGURE for value in record.values()):
-                    continue  # no run writes such a figure, nor NaN
-                if "loss" in record:
-                    self.steps.append(record)
-                elif any(name.startswith("val_") for name in record):
-                    self.vals.append({sys.intern(name): value for name, value in record.items()})
+                figures = {
+                    sys.intern(name): value if value is not None and abs(value) <= MAX_FIGURE else None
+                    for name, value in record.items()
+                }
+                if "loss" in figures:
+                    self.steps.append(figures)
+                elif any(name.startswith("val_") for name in figures):
+                    self.vals.append(figures)
 
     def _complete_lines(self, file: BinaryIO) -> Iterator[bytes]:
         for line in _lines(file):

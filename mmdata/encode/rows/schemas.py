@@ -28,6 +28,7 @@ ROW_FIELDS = {
     "tools": ("tools", "functions"),
     "text": ("text",),
 }
+_ROW_COLUMNS = {column for columns in ROW_FIELDS.values() for column in columns}
 MESSAGE_FIELDS = {  # the same for the keys of a message
     "role": ("role", "from"),
     "content": ("content", "value"),
@@ -273,9 +274,13 @@ def describe(values: JsonObject, bad: BadRow, columns: Columns = DEFAULT_COLUMNS
 
 
 def _holds_rows(key: str, value: Any) -> bool:
-    """Return whether a column is a list of objects, as messages and rows are, or an object that is no metadata."""
-    is_list = type(value) is list and bool(value) and type(value[0]) is dict
-    return is_list or (type(value) is dict and bool(value) and not is_metadata(key))
+    """Return whether a column is a list of objects, as messages and rows are, or an object that has a column of a row
+    and is no metadata."""
+    if type(value) is dict and not is_metadata(key):
+        return any(
+            name in _ROW_COLUMNS or (type(inner) is list and _holds_rows(name, inner)) for name, inner in value.items()
+        )
+    return type(value) is list and bool(value) and type(value[0]) is dict
 
 
 def _listed(names: Iterable[Any]) -> str:
