@@ -197,10 +197,16 @@ def new_directory(target: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     itself = None if os.name == "nt" else os.open(partial, os.O_RDONLY)  # Windows removes no directory that is in use
+    removed = FileNotFoundError(errno.ENOENT, "was removed while it was written", str(partial))
     try:
-        yield partial
+        try:
+            yield partial
+        except Exception as error:
+            if itself is not None and not os.fstat(itself).st_nlink:
+                raise removed from error  # whatever the block could not read
+            raise
         if itself is not None and not os.fstat(itself).st_nlink:
-            raise FileNotFoundError(errno.ENOENT, "was removed while it was written", str(partial))
+            raise removed
         replace_directory(partial, target, target.with_name(f".{target.name}.replaced"))
     finally:
         if itself is not None:

@@ -5,6 +5,7 @@ The format `hf` is a standard model of transformers (see `architecture_of`), wit
 differs is deleted. LoRA adapters are merged into the weights.
 """
 
+import errno
 import importlib.util
 import json
 import math
@@ -122,6 +123,8 @@ def export(path: Path, out: Path, *, format: str, dtype: str | None = None) -> E
         )
         write_record(partial / EXPORT, record, indent=2)
     files = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file() and file.name != EXPORT)
+    if not files:
+        raise FileNotFoundError(errno.ENOENT, "was removed while it was written", str(out))
     num_bytes = sum((out / file).stat().st_size for file in files)
     num_params = source.shape.num_params
     return Exported(out, format, dtype, source.architecture, files, num_bytes, num_params, difference, checks)
