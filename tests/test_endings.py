@@ -417,18 +417,18 @@ def test_a_template_without_generation_prompt_gets_one(tmp_path: Path) -> None:
 
 
 def test_training_warns_of_other_templates_and_of_one_that_ends_no_answer(tmp_path: Path) -> None:
-    from mmtrain.train.run import _template_notes
+    from mmtrain.train.plan import template_notes
 
     datasets = []
     for name, date in (("a", None), ("b", "2020-01-01"), ("c", None)):
         (tmp_path / name).mkdir()
         datasets.append(open_dataset(packed(tmp_path / name, "dated", ROW, date=date)[0]))
     tokenizer = Tokenizer.load(datasets[0].tokenizer_dir)
-    (warning,) = _template_notes(datasets, tokenizer)
+    (warning,) = template_notes(datasets, tokenizer)
     assert warning.startswith(
         f"warning: {datasets[1].dir} was packed with another chat template than {datasets[0].dir}"
     )
-    (warning,) = _template_notes(datasets[:1], endings.tokenizer("glm4"))
+    (warning,) = template_notes(datasets[:1], endings.tokenizer("glm4"))
     assert warning.endswith("so the model will not stop: mm pack --end-of-turn '<|endoftext|>'")
     (tmp_path / "d").mkdir()
-    assert _template_notes([open_dataset(packed(tmp_path / "d", "glm4", {"text": "a"})[0])], tokenizer) == []
+    assert template_notes([open_dataset(packed(tmp_path / "d", "glm4", {"text": "a"})[0])], tokenizer) == []

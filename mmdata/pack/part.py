@@ -17,14 +17,14 @@ import msgspec
 import numpy as np
 
 from mmdata.encode.encoder import DEFAULT_ON_LOST, EncodedRows, RowEncoder
-from mmdata.encode.rows import LOST, REASONS, BadRow, asked_for
+from mmdata.encode.rows import LOST, REASONS, BadRow, Columns, asked_for, explain
 from mmdata.encode.sequences import Sequences, is_equal, join, reorder
 from mmdata.errors import DatasetError, InputError
 from mmdata.io.arrow import read_arrow, write_arrow
 from mmdata.io.files import write_bytes
 from mmdata.io.lines import Line, iter_lines, place_of
 from mmdata.io.options import DEFAULT_READING, ReadOptions
-from mmdata.io.records import Count, FileEntry, plain, read_record
+from mmdata.io.records import Count, FileEntry, decode_record, plain, read_record
 from mmdata.io.workers import Tick
 from mmdata.pack.packing import pack
 from mmdata.shards import dataset
@@ -380,6 +380,14 @@ class PartPacker:
             path = part_path("rejected", part.number)
             lines = [_json_line(row) for row in sorted(collected.rejected, key=lambda row: row.line)]
             result.files.append(FileEntry(path, *write_bytes(directory / path, b"".join(lines))))
+
+
+def first_rejected(path: Path, read: ReadOptions) -> str:
+    """Return, for an error message, where the first row of a file of rows left out is, and what is wrong with it."""
+    with path.open("rb") as file:
+        row = decode_record(file.readline(), RejectedRow, str(path), DatasetError, "pack again")
+    bad = BadRow(row.reason, row.detail)
+    return f"; {place_of(row.file, row.line, read)} {explain(row.raw.encode(), bad, Columns.parse(read.mapping))}"
 
 
 def _json_line(row: RejectedRow) -> bytes:

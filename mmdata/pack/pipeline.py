@@ -35,14 +35,12 @@ from mmdata.io.files import (
     write_bytes,
     write_json,
 )
-from mmdata.io.lines import place_of
-from mmdata.io.options import ReadOptions
-from mmdata.io.records import FileEntry, decode_record, plain, write_record
+from mmdata.io.records import FileEntry, plain, write_record
 from mmdata.options import check
 from mmdata.pack.filter import dedup
 from mmdata.pack.inputs import check_inputs, common_kind, plan, states_of
 from mmdata.pack.options import PackOptions, packing_tokenizer, parse_budget
-from mmdata.pack.part import Part, PartResult, PartSettings, RejectedRow
+from mmdata.pack.part import Part, PartResult, PartSettings, first_rejected
 from mmdata.pack.staging import PackKey, RecordingPacker, RecordPlace, Run, Staging, one_of_several, only_writer
 from mmdata.pack.summary import PackResult, ShardSums, Summary, add_shards, header_of, part_record, result_of
 from mmdata.shards.dataset import id_dtype, open_dataset
@@ -461,18 +459,10 @@ def _check_left_out(staging: Staging, job: _Job, summary: Summary) -> None:
         reason = left_out.most_common(1)[0][0] if left_out else "no row"
         names = ", ".join(str(path) for path in job.inputs)
         fix = rows.HELP.get(reason, "give a file with one JSON object a line")
-        first = _first_rejected(staging.dataset / summary.rejected, job.options.reading) if summary.rejected else ""
+        first = first_rejected(staging.dataset / summary.rejected, job.options.reading) if summary.rejected else ""
         raise InputError(f"{names}: all {num_rows:,} rows are left out, most for: {reason}{first}", fix)
     arguments = job.header.arguments
     rows.check_budget(left_out, num_rows, arguments.max_bad, arguments.max_bad_by_reason, kind=job.options.kind)
-
-
-def _first_rejected(path: Path, read: ReadOptions) -> str:
-    """Return, for an error message, where the first row of a file of rows left out is, and what is wrong with it."""
-    with path.open("rb") as file:
-        row = decode_record(file.readline(), RejectedRow, str(path), DatasetError, "pack again")
-    bad = rows.BadRow(row.reason, row.detail)
-    return f"; {place_of(row.file, row.line, read)} {rows.explain(row.raw.encode(), bad, rows.Columns.parse(read.mapping))}"
 
 
 def _check_unknown(job: _Job, summary: Summary) -> None:

@@ -2,18 +2,19 @@
 written: wrong options and unfitting data are refused before the run directory is created."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
+from mmdata.encode.template import Template
 from mmdata.errors import CheckpointError, DatasetError, TokenizerError, UsageError
 from mmdata.shards.dataset import Dataset, open_dataset
 from mmdata.shards.loader import BatchLoader
 from mmdata.shards.pairs import make_loader, saved_share
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmtrain import checkpoint
+from mmtrain import checkpoint, sizing
 from mmtrain.checkpoint import Checkpoint
 from mmtrain.config import STAGE_KINDS, TrainOptions, TrainSettings, shape_from, stage_of
 from mmtrain.distributed import World, ranks_here
@@ -21,6 +22,7 @@ from mmtrain.log import trackers
 from mmtrain.model import preference
 from mmtrain.model.batch import pinned
 from mmtrain.model.embeddings import Growth, plan_growth
+from mmtrain.model.model import Model
 from mmtrain.model.preference import Objective
 from mmtrain.model.stages import STAGES, Stage
 from mmtrain.records import RUN, StartRecord, TrainedOn
@@ -375,3 +377,75 @@ def _shape(start: Start, settings: TrainSettings, datasets: Sequence[Dataset]) -
             f"pack with --max-len {shape.max_positions}, or train a new model with --max-positions {datasets[0].max_len}",
         )
     return shape
+
+
+# --- what is said of a plan
+
+
+def template_notes(datasets: Sequence[Dataset], tokenizer: Tokenizer) -> list[str]:
+    """Return warnings about chat templates that write nothing after answers, which `mm pack` has not always refused, or
+    differ; the run keeps the first dataset's (`tokenizer`)."""
+    if datasets[0].kind == "document":
+        return []
+    notes = [
+        f"warning: {dataset.dir} was packed with another chat template than {datasets[0].dir}, whose the run keeps"
+        for dataset in datasets[1:]
+        if dataset.manifest.tokenizer.template_sha256 != datasets[0].manifest.tokenizer.template_sha256
+    ]
+    if not Template(tokenizer).ends:
+        token = f"mm pack --end-of-turn '{tokenizer.eos_token}'"
+        notes.append(f"warning: the chat template writes nothing after answers, so the model will not stop: {token}")
+    return notes
+
+
+def start_lines(plan: TrainPlan, model: Model, world: World, runs_dir: Path) -> Iterator[str]:
+    """Yield the console lines at the start: where the weights come from, sizes of model and data, and warnings.
+    runs_dir: searched for an interrupted run that could have been the start."""
+    loader, source, growth = plan.loader, plan.start.source, plan.start.growth
+    begin = (
+        f"from {source.run_dir} (step {source.step})"
+        if source
+        else f"from new weights ({plan.settings.model or plan.shape.text})"
+    )
+    ranks = f" on {world.size} ranks" if world.size > 1 else ""
+    rows = sum(dataset.split("train").totals.rows for dataset in plan.datasets)
+    yield f"{plan.stage.name} {begin}: {plan.shape.num_params:,} parameters, {world.device.type}{ranks}"
+    name = f"{plan.datasets[0].dir}: " if len(plan.datasets) == 1 else ""
+    yield (
+        f"{name}{rows:,} rows, {loader.tokens_per_epoch:,} tokens and {loader.steps_per_epoch:,} steps an epoch; "
+        f"{plan.num_steps:,} steps"
+    )
+    if growth:
+        yield f"the embedding has {growth.vocab_size:,} rows: ids {growth.added_ids} are new, by {growth.method}"
+    if loader.weights or len(loader.shares) > 1:
+        for share in loader.shares:
+            yield (
+                f"{share.dataset.dir}: {100 * share.tokens:.1f}% of the tokens; an epoch takes each of its samples "
+                f"{share.passes:.2f} times"
+            )
+    if source is None and plan.stage.starts_from:
+        yield (
+            f"warning: {plan.stage.name} teaches a model that can already write; new weights are good for a trial only. "
+            f"Train `mm train pretrain`{', then `mm train sft`' if plan.is_pairs else ''} first, or name a run with --init"
+        )
+        if unfinished := checkpoint.find_run(runs_dir, plan.stage.starts_from, "interrupted"):
+            stage = checkpoint.read_run(unfinished).stage
+            yield (
+                f"{unfinished} was interrupted: `mm train {stage} --out {unfinished} --resume` finishes it, and "
+                f"`--init {unfinished}` takes it as it is"
+            )
+    yield from sizing.lines(
+        plan.settings,
+        plan.origins,
+        tokens_per_epoch=loader.tokens_per_epoch,
+        num_steps=plan.num_steps,
+        new=plan.shape if source is None and plan.stage.name == "pretrain" else None,
+    )
+    if plan.settings.lora:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        yield f"adapters of rank {plan.settings.lora}: {trained:,} parameters are trained, the others stay"
+    if plan.start.resumed:
+        for damaged in checkpoint.newer_than(plan.start.resumed):
+            yield f"{damaged} is damaged: going on from step {plan.start.step} instead"
+    if not plan.val_loader.num_samples:
+        yield "the val split is empty: no held-out figures"

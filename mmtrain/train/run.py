@@ -4,7 +4,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -16,13 +16,11 @@ import torch
 from msgspec import UnsetType
 from torch import Tensor
 
-from mmdata.encode.template import Template
 from mmdata.io.files import alone, write_bytes
 from mmdata.io.records import write_record
-from mmdata.shards.dataset import Dataset
 from mmdata.shards.loader import MicroBatch
 from mmdata.tokenizer.tokenizer import Tokenizer
-from mmtrain import checkpoint, distributed, sizing
+from mmtrain import checkpoint, distributed
 from mmtrain.config import TrainOptions
 from mmtrain.distributed import World
 from mmtrain.log import metrics, trackers
@@ -43,7 +41,7 @@ from mmtrain.records import (
 )
 from mmtrain.train import optim, preflight, reference
 from mmtrain.train.ema import Average
-from mmtrain.train.plan import TrainPlan, check_free, make_plan, with_micro_tokens
+from mmtrain.train.plan import TrainPlan, check_free, make_plan, start_lines, template_notes, with_micro_tokens
 
 STOP_FILE = "STOP"  # a file of this name in the run directory ends the run as SIGTERM does; removed at the start
 PACKAGES = ("mm-toolkit", "torch", "numpy", "pyarrow", "tokenizers")  # packages whose versions are recorded in run.json
@@ -219,8 +217,8 @@ def start(plan: TrainPlan, options: TrainOptions, world: World, console: Console
         needs=needs,
     )
     run.write_record("running")
-    notes += _template_notes(plan.datasets, tokenizer)
-    for line in (*notes, *_start_lines(plan, model, world, options.runs_dir), *needs.lines()):
+    notes += template_notes(plan.datasets, tokenizer)
+    for line in (*notes, *start_lines(plan, model, world, options.runs_dir), *needs.lines()):
         console.say(line)
     return run
 
@@ -280,22 +278,6 @@ def _open_logs(
         prompts = prompts_of(plan.datasets, tokenizer, plan.stage.name) if options.samples else []
         reporter = Reporter(plan.out, first_step=plan.start.step, with_report=options.report, prompts=prompts)
     return log, open_trackers, reporter
-
-
-def _template_notes(datasets: Sequence[Dataset], tokenizer: Tokenizer) -> list[str]:
-    """Return warnings about chat templates that write nothing after answers, which `mm pack` has not always refused, or
-    differ; the run keeps the first dataset's (`tokenizer`)."""
-    if datasets[0].kind == "document":
-        return []
-    notes = [
-        f"warning: {dataset.dir} was packed with another chat template than {datasets[0].dir}, whose the run keeps"
-        for dataset in datasets[1:]
-        if dataset.manifest.tokenizer.template_sha256 != datasets[0].manifest.tokenizer.template_sha256
-    ]
-    if not Template(tokenizer).ends:
-        token = f"mm pack --end-of-turn '{tokenizer.eos_token}'"
-        notes.append(f"warning: the chat template writes nothing after answers, so the model will not stop: {token}")
-    return notes
 
 
 def needs_of(options: TrainOptions, log: Callable[[str], None] = print_line) -> preflight.Needs:
@@ -474,56 +456,3 @@ def _open_trackers(
 
     world.agree_on(open_all if names and world.is_first else lambda: None)
     return opened[0] if opened else None
-
-
-def _start_lines(plan: TrainPlan, model: Model, world: World, runs_dir: Path) -> Iterator[str]:
-    """Yield the console lines at the start: where the weights come from, sizes of model and data, and warnings.
-    runs_dir: searched for an interrupted run that could have been the start."""
-    loader, source, growth = plan.loader, plan.start.source, plan.start.growth
-    begin = (
-        f"from {source.run_dir} (step {source.step})"
-        if source
-        else f"from new weights ({plan.settings.model or plan.shape.text})"
-    )
-    ranks = f" on {world.size} ranks" if world.size > 1 else ""
-    rows = sum(dataset.split("train").totals.rows for dataset in plan.datasets)
-    yield f"{plan.stage.name} {begin}: {plan.shape.num_params:,} parameters, {world.device.type}{ranks}"
-    name = f"{plan.datasets[0].dir}: " if len(plan.datasets) == 1 else ""
-    yield (
-        f"{name}{rows:,} rows, {loader.tokens_per_epoch:,} tokens and {loader.steps_per_epoch:,} steps an epoch; "
-        f"{plan.num_steps:,} steps"
-    )
-    if growth:
-        yield f"the embedding has {growth.vocab_size:,} rows: ids {growth.added_ids} are new, by {growth.method}"
-    if loader.weights or len(loader.shares) > 1:
-        for share in loader.shares:
-            yield (
-                f"{share.dataset.dir}: {100 * share.tokens:.1f}% of the tokens; an epoch takes each of its samples "
-                f"{share.passes:.2f} times"
-            )
-    if source is None and plan.stage.starts_from:
-        yield (
-            f"warning: {plan.stage.name} teaches a model that can already write; new weights are good for a trial only. "
-            f"Train `mm train pretrain`{', then `mm train sft`' if plan.is_pairs else ''} first, or name a run with --init"
-        )
-        if unfinished := checkpoint.find_run(runs_dir, plan.stage.starts_from, "interrupted"):
-            stage = checkpoint.read_run(unfinished).stage
-            yield (
-                f"{unfinished} was interrupted: `mm train {stage} --out {unfinished} --resume` finishes it, and "
-                f"`--init {unfinished}` takes it as it is"
-            )
-    yield from sizing.lines(
-        plan.settings,
-        plan.origins,
-        tokens_per_epoch=loader.tokens_per_epoch,
-        num_steps=plan.num_steps,
-        new=plan.shape if source is None and plan.stage.name == "pretrain" else None,
-    )
-    if plan.settings.lora:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        yield f"adapters of rank {plan.settings.lora}: {trained:,} parameters are trained, the others stay"
-    if plan.start.resumed:
-        for damaged in checkpoint.newer_than(plan.start.resumed):
-            yield f"{damaged} is damaged: going on from step {plan.start.step} instead"
-    if not plan.val_loader.num_samples:
-        yield "the val split is empty: no held-out figures"
